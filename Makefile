@@ -1,0 +1,119 @@
+# Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt, and
+# the C++ extension. Stamps in .venv make a second run start at once; a change in csrc/ recompiles what it touched.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
+LIBRARY := fastac/_C.abi3.so
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+PYTEST := $(PY) -m pytest
+CROSS_CXX ?= aarch64-linux-gnu-g++
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test full lint bench sanitize cross clean distclean
+
+help:
+	@echo "make demo      train an attention cluster on handwritten digits and compare with plain torch (minutes)"
+	@echo "make test      build and run the tests (at most six minutes on two cores)"
+	@echo "make full      run every test, the long ones too"
+	@echo "make bench     measure against eager, torch.compile and scaled_dot_product_attention"
+	@echo "make lint      ruff, mypy --strict and clang-format"
+	@echo "make sanitize  run the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make cross     compile the portable code for aarch64, where $(CROSS_CXX) is installed"
+	@echo "make build     set up .venv and build the extension, no more"
+	@echo "make clean     remove what was built; make distclean removes .venv too"
+	@echo "PYTHON=python3.12 make ... uses that interpreter for .venv; CXX=... that compiler"
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "Python 3.10 or newer is needed, '$(PYTHON)' is not; type: PYTHON=python3.12 make ..."; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null || \
+		{ echo "a C++ compiler is needed, '$(CXX)' was not found; install one (apt install g++) or set CXX"; exit 1; }
+	@echo "== creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "python -m venv failed; install it (apt install python3-venv)"; exit 1; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@echo "== installing torch (the largest download, once)"
+	@$(PIP) torch setuptools wheel
+	@touch $@
+
+$(LIBRARY): $(VENV)/.torch setup.py $(SOURCES)
+	@echo "== building $@ (the first time about a minute)"
+	@CXX="$(CXX)" $(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch constraints.txt pyproject.toml setup.py | $(LIBRARY)
+	@echo "== installing fastac (editable) and what the demo and the tests need"
+	@CXX="$(CXX)" $(PIP) --quiet --no-build-isolation --editable ".[demo,test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo "== installing what lint and bench need"
+	@CXX="$(CXX)" $(PIP) --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+build: $(VENV)/.installed $(LIBRARY)
+
+demo: build
+	@echo "== demo"
+	@$(PY) -m fastac demo
+
+test: build
+	@echo "== tests"
+	@$(PYTEST) -m "not full" --durations=10
+
+full: build
+	@echo "== all tests"
+	@$(PYTEST) --durations=20
+
+lint: $(VENV)/.dev
+	@echo "== ruff"
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@echo "== mypy"
+	@$(PY) -m mypy
+	@echo "== clang-format"
+	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+
+# The benchmarks start themselves again with the malloc settings they need; benchmarks/machine.py says why.
+bench: build $(VENV)/.dev
+	@echo "== benchmarks"
+	@$(PY) -m benchmarks
+
+# torch itself is not instrumented, so its leaks and its own allocator are left alone; tests that start compilers or
+# build wheels would carry the sanitizer into those programs and stay out.
+SANITIZED := build/sanitize
+sanitize: build
+	@echo "== building $(SANITIZED)/fastac"
+	@CXX="$(CXX)" FASTAC_SANITIZE=1 $(PY) setup.py --quiet build --build-lib $(SANITIZED)
+	@nm -D $(SANITIZED)/$(LIBRARY) | grep -q __asan_init || { echo "the library is not instrumented"; exit 1; }
+	@echo "== tests under the sanitizers"
+	@cd $(SANITIZED) && PYTHONPATH="$(CURDIR)/$(SANITIZED)" \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(CURDIR)/$(VENV)/bin/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR) -m "not full" \
+		-p no:cacheprovider $(addprefix --ignore=$(CURDIR)/tests/,test_compile.py test_packaging.py \
+		test_import.py test_demo.py test_data.py) $(CURDIR)/tests
+
+cross: $(VENV)/.torch
+	@command -v $(CROSS_CXX) >/dev/null || { echo "$(CROSS_CXX) is not installed"; exit 1; }
+	@echo "== compiling for aarch64"
+	@mkdir -p build/cross
+	@for source in $(wildcard csrc/*.cpp csrc/cpu/*.cpp); do \
+		echo "$$source"; \
+		$(CROSS_CXX) -std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra \
+			-DTORCH_TARGET_VERSION=0x020a000000000000ULL -Icsrc \
+			-isystem $$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')/include \
+			-c $$source -o build/cross/$$(basename $$source .cpp).o || exit 1; \
+	done
+
+clean:
+	rm -rf build dist *.egg-info $(LIBRARY) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,23 @@
+// AVX-512 (F, BW, DQ, VL): Skylake-SP, Zen 4 and later.
+#include "kernels_begin.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+namespace fastac {
+
+#define FASTAC_VECTOR_BYTES 64
+#define FASTAC_TILE_ROWS 12
+#define FASTAC_TILE_VECTORS 2
+#define FASTAC_DOT_TILE 5
+#include "kernels.h"
+
+const CpuKernels cpu::kAvx512Kernels = {"avx512", run_forward, run_backward};
+
+}  // namespace fastac
+#endif

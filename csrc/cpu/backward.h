@@ -1,0 +1,488 @@
+// The backward kernel in its direct form, one pass over x, y and dY. With c = 1 / (sqrt(N) max(||u||, eps)):
+//     dU = c (dY - u^ (u^ . dY)),  u^ = sqrt(N) y          e = alpha dU x^T
+//     dS = a (e - rowsum(a e))                             dX = a^T (alpha dU) + dS^T W
+//     dW = sum dS x      dbeta = dU . 1      dalpha = dU . z
+// A task is a run of segments and owns one partial sum of every parameter gradient; they are added in a fixed order.
+// Included inside an anonymous namespace.
+
+template <typename T>
+class Backward {
+  using A = typename Accumulator<T>::type;
+
+ public:
+  Backward(const Problem& problem, const BackwardArguments& args, ParallelFor parallel_for)
+      : problem_(problem), args_(args), parallel_for_(parallel_for),
+        plan_(cpu::plan_backward(problem.sets, problem.units, problem.features, needs(kNeedWeight | kNeedPositionBias))),
+        panels_(panel_count<A>(problem.features)), units_(problem.units), vectors_(cpu::ceil_div(problem.units, kLanes<A>)),
+        stride_(vectors_ * kLanes<A>), root_units_(std::sqrt(A(problem.units))),
+        stream_(args.dx != nullptr && streams<T>(args.dx, problem.features, problem.sets.rows * problem.features * int64_t(sizeof(T)))) {}
+
+  void run() {
+    pack_weight();
+    const int64_t chunks = int64_t(plan_.tasks.size());
+    cpu::Arena measure;
+    layout_partials(measure, chunks);
+    partials_ = cpu::allocate(measure.used());
+    cpu::Arena arena(partials_.get());
+    layout_partials(arena, chunks);
+    for (int64_t n = 0; n < stride_; ++n) {  // without a shift u = z; beyond N anything finite will do
+      alpha_[n] = problem_.shift && n < units_ ? static_cast<const A*>(problem_.alpha)[n] : A(1);
+      beta_[n] = problem_.shift && n < units_ ? static_cast<const A*>(problem_.beta)[n] : A(0);
+    }
+    cpu::parallel(parallel_for_, chunks, [&](int64_t begin, int64_t end) {
+      Scratch scratch(*this);
+      for (int64_t c = begin; c < end; ++c) chunk(scratch, c);
+      if (stream_) stream_fence();
+    });
+    reduce(chunks);
+  }
+
+ private:
+  static constexpr int64_t kPrefetchBytes = 192 << 10;  // of y and of dY each
+
+  struct Scratch {
+    explicit Scratch(const Backward& b) : memory(layout(b, nullptr)) { layout(b, memory.data()); }
+
+    int64_t layout(const Backward& b, void* base) {
+      const int64_t rows = b.plan_.block_rows;
+      row_stride = cpu::ceil_div(rows, kLanes<A>) * kLanes<A>;
+      cpu::Arena arena(base);
+      panels = arena.take<A>(rows * b.panels_ * kPanel<A>);
+      du = arena.take<A>(b.units_ * b.panels_ * kPanel<A>);
+      weights = arena.take<A>(rows * b.stride_);
+      ds = arena.take<A>(rows * b.stride_);
+      by_unit_weights = arena.take<A>(b.stride_ * row_stride);
+      by_unit_ds = arena.take<A>(b.stride_ * row_stride);
+      offset = arena.take<A>(rows);
+      tile = arena.take<A>(kTileRows * kPanel<A>);
+      du_sum = arena.take<A>(b.stride_);
+      du_u = arena.take<A>(b.stride_);
+      dalpha = arena.take<A>(b.stride_);
+      ds_offset = arena.take<A>(b.stride_);
+      for (A* p : {du_sum, du_u}) {
+        if (p == nullptr) break;
+        for (int64_t n = b.units_; n < b.stride_; ++n) p[n] = 0;
+      }
+      return arena.used();
+    }
+
+    A* panels;           // [M / kPanel][rows][kPanel]: x less its offset
+    A* offset;           // (rows)
+    A* du;               // [M / kPanel][N][kPanel]
+    A* weights;          // [rows][stride]: a, then alpha a
+    A* ds;               // [rows][stride]: dU . d, then dS
+    A* by_unit_weights;  // [N][row_stride]: `weights` transposed
+    A* by_unit_ds;       // [N][row_stride]: `ds` transposed
+    A* tile;
+    A* du_sum;     // (stride): dU . 1
+    A* du_u;       // (stride): dU . u, 0 unless the norm was below eps or there is no shift
+    A* dalpha;     // (stride): sum_l a_l (dU . x_l)
+    A* ds_offset;  // (stride): sum_l dS_l (offset_l - center)
+    int64_t row_stride;
+    Prefetch next_x, next_y, next_dy;
+    void step() {
+      next_x.step();
+      next_y.step();
+      next_dy.step();
+    }
+    cpu::ThreadScratch memory;
+  };
+
+  bool needs(int64_t mask) const { return (args_.needs & mask) != 0; }
+  bool needs_ds() const { return problem_.has_scores && needs(kNeedX | kNeedWeight | kNeedScores | kNeedPositionBias); }
+
+  bool needs_dot() const { return needs_ds() || needs(kNeedAlpha); }
+
+  void layout_partials(cpu::Arena& arena, int64_t chunks) {
+    if (needs(kNeedWeight)) {
+      dweight_ = arena.take<A>(chunks * weight_size());
+      dweight_offset_ = arena.take<A>(chunks * units_);
+    }
+    if (needs(kNeedPositionBias)) dposition_bias_ = arena.take<A>(chunks * units_ * problem_.max_length);
+    if (needs(kNeedAlpha)) dalpha_ = arena.take<A>(chunks * units_);
+    if (needs(kNeedBeta)) dbeta_ = arena.take<A>(chunks * units_);
+    alpha_ = arena.take<A>(stride_);
+    beta_ = arena.take<A>(stride_);
+  }
+
+  int64_t weight_size() const { return units_ * panels_ * kPanel<A>; }
+
+  // Panels of W serve dX = ... + dS^T W, the transposed form recomputes scores that were not saved.
+  void pack_weight() {
+    if (problem_.weight == nullptr) return;
+    const T* weight = static_cast<const T*>(problem_.weight);
+    if (needs(kNeedX)) {
+      packed_panels_ = cpu::allocate(weight_size() * sizeof(A));
+      A* packed = static_cast<A*>(packed_panels_.get());
+      weight_panels_ = packed;
+      cpu::parallel(parallel_for_, panels_, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p)
+          pack_matrix<T, A>(weight, units_, problem_.features, p, packed + p * units_ * kPanel<A>);
+      });
+    }
+    if (args_.saved_scores == nullptr) {
+      const int64_t size = panels_ * kPanel<A> * kLanes<A>;
+      packed_transposed_ = cpu::allocate(vectors_ * (size + kLanes<A>) * sizeof(A));
+      A* packed = static_cast<A*>(packed_transposed_.get());
+      weight_transposed_ = packed;
+      weight_sums_ = packed + vectors_ * size;
+      cpu::parallel(parallel_for_, vectors_, [&](int64_t begin, int64_t end) {
+        for (int64_t v = begin; v < end; ++v)
+          pack_transposed<T, A>(weight, units_, problem_.features, v * kLanes<A>, packed + v * size,
+                                packed + vectors_ * size + v * kLanes<A>);
+      });
+    }
+  }
+
+  const int64_t* positions(int64_t set) const {
+    return problem_.sets.position ? problem_.sets.position + problem_.sets.begin[set] : nullptr;
+  }
+  RowSource<T> source(int64_t set) const {
+    return {static_cast<const T*>(problem_.x) + problem_.x_begin(set), problem_.x_row_stride, positions(set)};
+  }
+
+  A stats(int64_t which, int64_t set, int64_t unit) const {
+    return static_cast<const A*>(args_.stats)[(which * problem_.sets.count + set) * units_ + unit];
+  }
+  A alpha(int64_t unit) const { return alpha_[unit]; }
+  A beta(int64_t unit) const { return beta_[unit]; }
+
+  void chunk(Scratch& scratch, int64_t c) const {
+    if (dweight_) {
+      std::memset(dweight_ + c * weight_size(), 0, weight_size() * sizeof(A));
+      std::memset(dweight_offset_ + c * units_, 0, units_ * sizeof(A));
+    }
+    if (dposition_bias_)
+      std::memset(dposition_bias_ + c * units_ * problem_.max_length, 0, units_ * problem_.max_length * sizeof(A));
+    if (dalpha_) std::memset(dalpha_ + c * units_, 0, units_ * sizeof(A));
+    if (dbeta_) std::memset(dbeta_ + c * units_, 0, units_ * sizeof(A));
+    for (int64_t s = plan_.tasks[c].begin; s < plan_.tasks[c].end; ++s) {
+      segment(scratch, plan_.segments[s], s + 1 < plan_.tasks[c].end ? &plan_.segments[s + 1] : nullptr, c);
+    }
+  }
+
+  // What the next set reads first, to be fetched while this one's matrix products run: x, and as many rows of y and dY as
+  // the second-level cache has room for.
+  void prefetch(Scratch& scratch, int64_t set) const {
+    const int64_t features = problem_.features, row = features * int64_t(sizeof(T));
+    const int64_t rows = std::min(problem_.sets.length[set], plan_.block_rows);
+    const int64_t steps = panels_ * (cpu::ceil_div(rows, kTileRows) * (needs(kNeedX) ? 1 : 0) +
+                                     cpu::ceil_div(units_, kTileRows) * (dweight_ != nullptr ? 1 : 0));
+    if (problem_.sets.position == nullptr && problem_.x_row_stride == features)
+      scratch.next_x.start(static_cast<const T*>(problem_.x) + problem_.x_begin(set), rows * row, steps);
+    const int64_t bytes = std::min(units_ * row, kPrefetchBytes), at = set * units_ * features;
+    scratch.next_y.start(static_cast<const T*>(args_.y) + at, bytes, steps);
+    scratch.next_dy.start(static_cast<const T*>(args_.dy) + at, bytes, steps);
+  }
+
+  void segment(Scratch& scratch, const cpu::Segment& segment, const cpu::Segment* next, int64_t c) const {
+    const int64_t set = segment.set, rows = segment.end - segment.begin;
+    for (int64_t n = 0; n < stride_; ++n) scratch.dalpha[n] = 0;
+    if (rows == 0)
+      balanced(units_, kDotTile, [&](int64_t n0, int64_t p) { output_gradients(scratch, set, n0, p); });
+    const bool whole = segment.partial < 0 && rows <= plan_.block_rows;
+    // The same for every segment of a set, since only over all its positions dS sums to 0.
+    const A center = rows > 0 ? row_offset<T, A>(source(set).row(0), problem_.features, source(set).row(0)) : A(0);
+    balanced(rows, plan_.block_rows, [&](int64_t start, int64_t count) {
+      load_block(scratch, set, segment.begin + start, count);
+      dot_products(scratch, set, count, start == 0);
+      score_gradient(scratch, count, center, whole);
+      write_score_gradients(scratch, set, segment.begin + start, count, c);
+      if (next != nullptr && start + count == rows) prefetch(scratch, next->set);
+      if (needs(kNeedX | kNeedWeight)) feature_gradients(scratch, set, segment.begin + start, count, c);
+    });
+    if (needs(kNeedX)) zero_excluded(segment);
+    parameter_gradients(scratch, segment, c);
+  }
+
+  // dU = c (dY - u^ (u^ . dY)) of `Units` units into panels, with its sum over features.
+  template <int Units>
+  void output_gradient(Scratch& scratch, int64_t set, int64_t first) const {
+    const int64_t features = problem_.features, at = (set * units_ + first) * features;
+    const T* dy = static_cast<const T*>(args_.dy) + at;
+    const T* y = static_cast<const T*>(args_.y) + at;
+    A dot[Units] = {};
+    if (problem_.shift || needs_ds()) {
+      Vec<A> sum[Units] = {};
+      for (int64_t m = 0; m < features; m += kLanes<A>) {
+        const int64_t left = std::min(kLanes<A>, features - m);
+        FASTAC_UNROLL for (int i = 0; i < Units; ++i) sum[i] +=
+            load_some(dy + i * features + m, left) * load_some(y + i * features + m, left);
+      }
+      fold_all<A, Units>(sum, dot);
+    }
+    A factor[Units], project[Units];
+    for (int i = 0; i < Units; ++i) {
+      factor[i] = 1;
+      project[i] = 0;
+      scratch.du_u[first + i] = 0;
+      if (!problem_.shift) {
+        if (needs_ds()) scratch.du_u[first + i] = dot[i];  // dY . z
+        continue;
+      }
+      const A norm = stats(2, set, first + i), eps = A(problem_.eps);
+      factor[i] = A(1) / (root_units_ * std::max(norm, eps));
+      if (norm < eps)
+        scratch.du_u[first + i] = dot[i];  // y = factor u, so dU . u = factor dY . u = dY . y
+      else
+        project[i] = A(problem_.units) * dot[i] * factor[i];  // c u^ (u^ . dY) = c N y (y . dY)
+    }
+    Vec<A> sum[Units] = {};
+    const int64_t step = units_ * kPanel<A>;
+    A* out = scratch.du + first * kPanel<A>;
+    for (int64_t p = 0; p < panels_; ++p, out += step)
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t m = p * kPanel<A> + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
+        FASTAC_UNROLL for (int i = 0; i < Units; ++i) {
+          Vec<A> value = {};
+          if (left > 0) {
+            value = load_some(dy + i * features + m, left) * factor[i];
+            if (problem_.shift) value -= load_some(y + i * features + m, left) * project[i];
+          }
+          sum[i] += value;
+          store_vector(out + i * kPanel<A> + v * kLanes<A>, value);
+        }
+      }
+    fold_all<A, Units>(sum, scratch.du_sum + first);
+  }
+
+  void output_gradients(Scratch& scratch, int64_t set, int64_t first, int64_t count) const {
+    with_rows<kDotTile>(count, [&](auto units) { output_gradient<units>(scratch, set, first); });
+  }
+
+  static inline __attribute__((always_inline)) Vec<A> load_some(const T* p, int64_t count) {
+    return count == kLanes<A> ? Storage<T>::load(p) : load_partial(p, count);
+  }
+
+  // Packs rows of x and brings scratch.weights to a = exp(s - max) / sum.
+  void load_block(Scratch& scratch, int64_t set, int64_t begin, int64_t rows) const {
+    const int64_t* position = positions(set);
+    pack_rows<T, A>(source(set), begin, rows, problem_.features, scratch.panels, scratch.offset);
+    if (args_.saved_scores != nullptr) {
+      const A* base = static_cast<const A*>(args_.saved_scores) + problem_.sets.first_row[set] * units_;
+      gather_scores(ScoreSource<A>{base, 1, units_}, position, begin, rows, 0, units_, scratch.weights, stride_);
+    } else if (weight_transposed_ != nullptr) {
+      score_block<A>(scratch.panels, scratch.offset, rows, problem_.features, weight_transposed_, weight_sums_, vectors_,
+                     scratch.weights, stride_);
+    } else if (problem_.scores != nullptr) {
+      const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
+                                 problem_.scores_unit_stride, problem_.scores_position_stride};
+      gather_scores(given, position, begin, rows, 0, units_, scratch.weights, stride_);
+    } else {
+      std::memset(scratch.weights, 0, rows * stride_ * sizeof(A));
+    }
+    if (problem_.position_bias != nullptr && args_.saved_scores == nullptr)
+      add_position_bias(static_cast<const A*>(problem_.position_bias), problem_.max_length, position, begin, rows, units_,
+                        scratch.weights, stride_);
+    normalise(scratch.weights, rows, set);
+  }
+
+  void normalise(A* weights, int64_t rows, int64_t set) const {
+    const A* maximum = static_cast<const A*>(args_.stats) + set * units_;
+    const A* total = maximum + problem_.sets.count * units_;
+    for (int64_t n = 0; n < units_; n += kLanes<A>) {
+      const int64_t left = std::min(kLanes<A>, units_ - n);
+      const Vec<A> sum = load_partial(total + n, left), none = {};
+      const Vec<A> top = sum == none ? none : load_partial(maximum + n, left);
+      const Vec<A> scale = sum == none ? none : A(1) / sum;
+      for (int64_t r = 0; r < rows; ++r) {
+        A* s = weights + r * stride_ + n;
+        store_vector(s, exponential(load_vector(s) - top) * scale);
+      }
+    }
+  }
+
+  // ds = dU d^T for a block of rows. With the first block of a set comes dU itself, a few units ahead of their products,
+  // during which the rows of y and dY that follow are fetched.
+  void dot_products(Scratch& scratch, int64_t set, int64_t rows, bool first) const {
+    const int64_t row = problem_.features * int64_t(sizeof(T));
+    const int64_t row_tiles = cpu::ceil_div(rows, kDotTile);
+    balanced(units_, kDotTile, [&](int64_t n0, int64_t p) {
+      if (first) {
+        output_gradients(scratch, set, n0, p);
+        const int64_t begin = std::max((n0 + p) * row, kPrefetchBytes), end = std::min(n0 + 2 * p, units_) * row;
+        const char* y = static_cast<const char*>(args_.y) + set * units_ * row + begin;
+        const char* dy = static_cast<const char*>(args_.dy) + set * units_ * row + begin;
+        scratch.next_y.start(y, std::max<int64_t>(end - begin, 0), row_tiles);
+        scratch.next_dy.start(dy, std::max<int64_t>(end - begin, 0), row_tiles);
+      }
+      if (!needs_dot()) return;
+      balanced(rows, kDotTile, [&](int64_t r0, int64_t q) {
+        scratch.next_y.step();
+        scratch.next_dy.step();
+        dot_kernel<A>(p, q)(scratch.du + n0 * kPanel<A>, units_ * kPanel<A>, scratch.panels + r0 * kPanel<A>,
+                            rows * kPanel<A>, panels_, scratch.ds + r0 * stride_ + n0, stride_);
+      });
+    });
+  }
+
+  // dS = alpha a (h - rowsum(a h)) with h = dU . d + (offset - center) dU . 1, which is e / alpha up to a constant of the
+  // unit. Where the set is not at hand whole the row sum follows from dU . u = dU . (alpha z + beta):
+  // alpha rowsum(a h) = dU . u - (beta + alpha center) dU . 1. Leaves alpha a in place of a.
+  void score_gradient(Scratch& scratch, int64_t rows, A center, bool whole) const {
+    for (int64_t n = 0; n < stride_; n += kLanes<A>) {
+      const Vec<A> alpha = load_vector(alpha_ + n);
+      if (needs_dot()) {
+        const Vec<A> du_sum = load_vector(scratch.du_sum + n), none = {};
+        Vec<A> total = {}, weight_sum = {}, offset_sum = {};
+        for (int64_t r = 0; r < rows; ++r) {
+          A* dot = scratch.ds + r * stride_ + n;
+          const Vec<A> weight = load_vector(scratch.weights + r * stride_ + n);
+          const Vec<A> h = load_vector(dot) + du_sum * (scratch.offset[r] - center);
+          total += weight * h;
+          weight_sum += weight;
+          store_vector(dot, h);
+        }
+        store_vector(scratch.dalpha + n, load_vector(scratch.dalpha + n) + total + du_sum * center * weight_sum);
+        Vec<A> mean = total;
+        if (!whole) {
+          const Vec<A> scaled = load_vector(scratch.du_u + n) - du_sum * (load_vector(beta_ + n) + alpha * center);
+          mean = alpha == none ? none : scaled / alpha;
+        }
+        for (int64_t r = 0; r < rows; ++r) {
+          A* ds = scratch.ds + r * stride_ + n;
+          const Vec<A> value = alpha * load_vector(scratch.weights + r * stride_ + n) * (load_vector(ds) - mean);
+          offset_sum += value * (scratch.offset[r] - center);
+          store_vector(ds, value);
+        }
+        store_vector(scratch.ds_offset + n, offset_sum);
+      }
+      if (needs(kNeedX))
+        for (int64_t r = 0; r < rows; ++r) {
+          A* weight = scratch.weights + r * stride_ + n;
+          store_vector(weight, alpha * load_vector(weight));
+        }
+    }
+    if (needs(kNeedX)) transpose<A>(scratch.weights, stride_, rows, units_, scratch.by_unit_weights, scratch.row_stride);
+    if (needs_ds()) transpose<A>(scratch.ds, stride_, rows, units_, scratch.by_unit_ds, scratch.row_stride);
+  }
+
+  int64_t dscores_begin(int64_t set) const {
+    return problem_.packed ? problem_.sets.first_row[set] : set * units_ * args_.dscores_unit_stride;
+  }
+
+  void write_score_gradients(const Scratch& scratch, int64_t set, int64_t begin, int64_t rows, int64_t c) const {
+    const int64_t* position = positions(set);
+    auto place = [&](int64_t r) { return position ? position[begin + r] : begin + r; };
+    if (needs(kNeedScores))
+      for (int64_t n = 0; n < units_; ++n) {
+        A* out = static_cast<A*>(args_.dscores) + dscores_begin(set) + n * args_.dscores_unit_stride;
+        for (int64_t r = 0; r < rows; ++r) out[place(r)] = scratch.by_unit_ds[n * scratch.row_stride + r];
+      }
+    if (dposition_bias_)
+      for (int64_t n = 0; n < units_; ++n) {
+        A* out = dposition_bias_ + (c * units_ + n) * problem_.max_length;
+        for (int64_t r = 0; r < rows; ++r) out[place(r)] += scratch.by_unit_ds[n * scratch.row_stride + r];
+      }
+  }
+
+  // dX = a^T (alpha dU) + dS^T W and dW += dS d, a panel at a time while it is in the first-level cache. What the offset
+  // adds to dW, dS . offset, is the same for every feature; with sum_l dS_l = 0 it is taken relative to `center`.
+  void feature_gradients(Scratch& scratch, int64_t set, int64_t begin, int64_t rows, int64_t c) const {
+    const int64_t* position = positions(set);
+    const int64_t features = problem_.features, panel = units_ * kPanel<A>;
+    T* dx = needs(kNeedX) ? static_cast<T*>(args_.dx) + problem_.sets.first_row[set] * features : nullptr;
+    A* dweight = dweight_ ? dweight_ + c * weight_size() : nullptr;
+    for (int64_t p = 0; p < panels_; ++p) {
+      if (dx != nullptr)
+        balanced(rows, kTileRows, [&](int64_t r0, int64_t count) {
+          panel_kernel<A, Start::kZero>(count)(scratch.tile, nullptr, scratch.by_unit_weights + r0, scratch.row_stride,
+                                               scratch.du + p * panel, units_);
+          if (weight_panels_ != nullptr)
+            panel_kernel<A, Start::kLoad>(count)(scratch.tile, nullptr, scratch.by_unit_ds + r0, scratch.row_stride,
+                                                 weight_panels_ + p * panel, units_);
+          scratch.step();
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t row = position ? position[begin + r0 + i] : begin + r0 + i;
+            Vec<A> value[kTileVectors];
+            FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(scratch.tile + i * kPanel<A> + v * kLanes<A>);
+            store_panel<T, A>(dx + row * features, p, features, value, stream_);
+          }
+        });
+      if (dweight != nullptr)
+        balanced(units_, kTileRows, [&](int64_t n0, int64_t count) {
+          panel_kernel<A, Start::kLoad>(count)(dweight + p * panel + n0 * kPanel<A>, nullptr, scratch.ds + n0, stride_,
+                                               scratch.panels + p * rows * kPanel<A>, rows);
+          scratch.step();
+        });
+    }
+    if (dweight != nullptr)
+      for (int64_t n = 0; n < units_; ++n) dweight_offset_[c * units_ + n] += scratch.ds_offset[n];
+  }
+
+  // dX is 0 where a position takes no part. Each segment clears the gap before each of its positions, the last one the rest.
+  void zero_excluded(const cpu::Segment& segment) const {
+    const Sets& sets = problem_.sets;
+    const int64_t set = segment.set;
+    const int64_t* position = positions(set);
+    T* dx = static_cast<T*>(args_.dx) + sets.first_row[set] * problem_.features;
+    auto clear = [&](int64_t begin, int64_t end) {
+      if (end > begin) std::memset(static_cast<void*>(dx + begin * problem_.features), 0, (end - begin) * problem_.features * sizeof(T));
+    };
+    if (position != nullptr)
+      for (int64_t i = segment.begin; i < segment.end; ++i) clear(i == 0 ? 0 : position[i - 1] + 1, position[i]);
+    if (segment.end == sets.length[set])
+      clear(segment.end == 0 ? 0 : position ? position[segment.end - 1] + 1 : segment.end, sets.extent[set]);
+  }
+
+  // dbeta = dU . 1; dalpha = dU . z = (dU . u - beta dU . 1) / alpha where that is the better conditioned of the two.
+  void parameter_gradients(const Scratch& scratch, const cpu::Segment& segment, int64_t c) const {
+    const bool first = segment.begin == 0;
+    for (int64_t n = 0; n < units_; ++n) {
+      if (dbeta_ && first) dbeta_[c * units_ + n] += scratch.du_sum[n];
+      if (!dalpha_) continue;
+      const bool divide = std::abs(alpha(n)) >= std::abs(beta(n)) && alpha(n) != 0;
+      if (!divide)
+        dalpha_[c * units_ + n] += scratch.dalpha[n];
+      else if (first)
+        dalpha_[c * units_ + n] += (scratch.du_u[n] - beta(n) * scratch.du_sum[n]) / alpha(n);
+    }
+  }
+
+  void reduce(int64_t chunks) const {
+    const int64_t features = problem_.features;
+    if (needs(kNeedWeight))
+      cpu::parallel(parallel_for_, panels_, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p)
+          for (int64_t n = 0; n < units_; ++n) {
+            A offset = 0;
+            for (int64_t c = 0; c < chunks; ++c) offset += dweight_offset_[c * units_ + n];
+            Tile<A, 1, kTileVectors> sum;
+            sum.fill(offset);
+            for (int64_t c = 0; c < chunks; ++c)
+              FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) sum.acc[0][v] +=
+                  load_vector(dweight_ + c * weight_size() + (p * units_ + n) * kPanel<A> + v * kLanes<A>);
+            store_panel<T, A>(static_cast<T*>(args_.dweight) + n * features, p, features, sum.acc[0], false);
+          }
+      });
+    auto add = [&](const A* partial, void* out, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) {
+        A sum = 0;
+        for (int64_t c = 0; c < chunks; ++c) sum += partial[c * count + i];
+        static_cast<A*>(out)[i] = sum;
+      }
+    };
+    if (needs(kNeedPositionBias)) add(dposition_bias_, args_.dposition_bias, units_ * problem_.max_length);
+    if (needs(kNeedAlpha)) add(dalpha_, args_.dalpha, units_);
+    if (needs(kNeedBeta)) add(dbeta_, args_.dbeta, units_);
+  }
+
+  const Problem& problem_;
+  const BackwardArguments& args_;
+  const ParallelFor parallel_for_;
+  const cpu::Plan plan_;
+  const int64_t panels_, units_, vectors_, stride_;
+  const A root_units_;
+  const bool stream_;
+  cpu::Buffer packed_panels_, packed_transposed_, partials_;
+  const A* weight_panels_ = nullptr;
+  const A* weight_transposed_ = nullptr;
+  const A* weight_sums_ = nullptr;
+  A* dweight_ = nullptr;
+  A* dweight_offset_ = nullptr;
+  A* dposition_bias_ = nullptr;
+  A* dalpha_ = nullptr;
+  A* dbeta_ = nullptr;
+  A* alpha_ = nullptr;  // (stride), 1 without a shift
+  A* beta_ = nullptr;   // (stride), 0 without a shift
+};

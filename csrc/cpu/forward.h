@@ -1,0 +1,360 @@
+// The forward kernel: y = u / (sqrt(N) max(||u||, eps)), u = alpha z + beta, z = softmax(s) x (Eq. 2-7), one pass over x.
+//
+// A task is a run of positions of one set for a block of units. Where the set fits one packed block, its weighted sums
+// leave the registers as u, wait in a few rows of scratch for their norm, and are written to y while the next rows are
+// computed. Longer sets keep running sums and combine blocks, and segments of one set, by their running maximum.
+// Included inside an anonymous namespace.
+
+template <typename T>
+class Forward {
+  using A = typename Accumulator<T>::type;
+
+ public:
+  Forward(const Problem& problem, const ForwardOutputs& out, ParallelFor parallel_for)
+      : problem_(problem), out_(out), parallel_for_(parallel_for),
+        plan_(cpu::plan_forward(problem.sets, problem.units, problem.features)),
+        panels_(panel_count<A>(problem.features)), root_units_(std::sqrt(A(problem.units))),
+        stream_(streams<T>(out.y, problem.features, problem.sets.count * problem.units * problem.features * int64_t(sizeof(T)))) {}
+
+  void run() {
+    pack_weight();
+    if (plan_.partials > 0) workspace_ = cpu::allocate(plan_.partials * partial_size() * sizeof(A));
+    const int64_t blocks = cpu::ceil_div(problem_.units, plan_.unit_block), tasks = int64_t(plan_.tasks.size());
+    cpu::parallel(parallel_for_, tasks * blocks, [&](int64_t begin, int64_t end) {
+      Scratch scratch(*this);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t unit_begin = i % blocks * plan_.unit_block;
+        const cpu::Range range = plan_.tasks[i / blocks];
+        for (int64_t s = range.begin; s < range.end; ++s) {
+          const int64_t units = std::min(plan_.unit_block, problem_.units - unit_begin);
+          if (s + 1 < range.end) prefetch(scratch, plan_.segments[s + 1].set, units);
+          segment(scratch, plan_.segments[s], unit_begin, units);
+        }
+      }
+      flush(scratch.pending);
+      if (stream_) stream_fence();
+    });
+    if (plan_.partials > 0) combine();
+  }
+
+ private:
+  // Rows of u whose norm is known: they are scaled and written to y while the next rows are computed.
+  struct Pending {
+    A* rows = nullptr;
+    int64_t count = 0;
+    T* y = nullptr;
+    A factor[kTileRows];
+  };
+
+  struct Scratch {
+    explicit Scratch(const Forward& f) : memory(layout(f, nullptr)) { layout(f, memory.data()); }
+
+    int64_t layout(const Forward& f, void* base) {
+      const int64_t units = cpu::ceil_div(f.plan_.unit_block, kLanes<A>) * kLanes<A>;
+      cpu::Arena arena(base);
+      panels = arena.take<A>(f.plan_.block_rows * f.panels_ * kPanel<A>);
+      scores = arena.take<A>(f.plan_.block_rows * units);
+      offset = arena.take<A>(f.plan_.block_rows);
+      softmax.max = arena.take<A>(units);
+      softmax.sum = arena.take<A>(units);
+      softmax.offset_sum = arena.take<A>(units);
+      softmax.scale = arena.take<A>(units);
+      shift = arena.take<A>(units);
+      sums = arena.take<A>(std::max<int64_t>(2 * kTileRows, f.plan_.unit_block) * f.panels_ * kPanel<A>);
+      return arena.used();
+    }
+
+    A *panels, *scores, *offset, *shift, *sums;
+    RunningSoftmax<A> softmax;
+    Pending pending;
+    Prefetch prefetch;
+    cpu::ThreadScratch memory;
+  };
+
+  // x of a set that comes next, to be fetched while the weighted sums of this one are computed.
+  void prefetch(Scratch& scratch, int64_t set, int64_t units) const {
+    if (problem_.sets.position != nullptr || problem_.x_row_stride != problem_.features) return;
+    const int64_t rows = std::min(problem_.sets.length[set], plan_.block_rows);
+    scratch.prefetch.start(static_cast<const T*>(problem_.x) + problem_.x_begin(set),
+                           rows * problem_.features * int64_t(sizeof(T)), cpu::ceil_div(units, kTileRows) * panels_);
+  }
+
+  void pack_weight() {
+    if (problem_.weight == nullptr) return;
+    const int64_t vectors = cpu::ceil_div(problem_.units, kLanes<A>), size = panels_ * kPanel<A> * kLanes<A>;
+    packed_weight_ = cpu::allocate(vectors * (size + kLanes<A>) * sizeof(A));
+    A* packed = static_cast<A*>(packed_weight_.get());
+    weight_ = packed;
+    weight_sums_ = packed + vectors * size;
+    cpu::parallel(parallel_for_, vectors, [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v)
+        pack_transposed<T, A>(static_cast<const T*>(problem_.weight), problem_.units, problem_.features, v * kLanes<A>,
+                              packed + v * size, packed + vectors * size + v * kLanes<A>);
+    });
+  }
+
+  void segment(Scratch& scratch, const cpu::Segment& segment, int64_t unit_begin, int64_t units) const {
+    const int64_t rows = segment.end - segment.begin;
+    const int64_t vectors = cpu::ceil_div(units, kLanes<A>);
+    scratch.softmax.reset(vectors * kLanes<A>);
+    if (segment.partial < 0 && rows <= plan_.block_rows) {
+      load_block(scratch, segment.set, segment.begin, rows, unit_begin, units);
+      scratch.softmax.block(scratch.scores, vectors * kLanes<A>, scratch.offset, rows, vectors);
+      write_stats(scratch.softmax, segment.set, unit_begin, units);
+      finish_block(scratch, segment.set, rows, unit_begin, units);
+      return;
+    }
+    flush(scratch.pending);
+    std::memset(scratch.sums, 0, units * panels_ * kPanel<A> * sizeof(A));
+    balanced(rows, plan_.block_rows, [&](int64_t start, int64_t count) {
+      load_block(scratch, segment.set, segment.begin + start, count, unit_begin, units);
+      scratch.softmax.block(scratch.scores, vectors * kLanes<A>, scratch.offset, count, vectors);
+      accumulate(scratch, count, units);
+    });
+    if (segment.partial < 0) {
+      write_stats(scratch.softmax, segment.set, unit_begin, units);
+      for (int64_t n = 0; n < units; ++n)
+        write_unit(segment.set, unit_begin + n, scratch.softmax.sum[n], scratch.softmax.offset_sum[n],
+                   scratch.sums + n * kPanel<A>, units * kPanel<A>);
+      return;
+    }
+    for (int64_t n = 0; n < units; ++n) {
+      A* partial = partial_of(segment.partial, unit_begin + n);
+      partial[0] = scratch.softmax.max[n];
+      partial[1] = scratch.softmax.sum[n];
+      partial[2] = scratch.softmax.offset_sum[n];
+      for (int64_t p = 0; p < panels_; ++p)
+        std::memcpy(partial + kHeader + p * kPanel<A>, scratch.sums + (p * units + n) * kPanel<A>, kPanel<A> * sizeof(A));
+    }
+  }
+
+  // Packs rows of x and brings their scores to scratch.scores; saves the scores for the backward pass if asked to.
+  void load_block(Scratch& scratch, int64_t set, int64_t begin, int64_t rows, int64_t unit_begin, int64_t units) const {
+    const Sets& sets = problem_.sets;
+    const int64_t* position = sets.position ? sets.position + sets.begin[set] : nullptr;
+    const RowSource<T> source{static_cast<const T*>(problem_.x) + problem_.x_begin(set), problem_.x_row_stride,
+                              position};
+    pack_rows<T, A>(source, begin, rows, problem_.features, scratch.panels, scratch.offset);
+    const int64_t vectors = cpu::ceil_div(units, kLanes<A>), stride = vectors * kLanes<A>;
+    if (weight_ != nullptr) {
+      const int64_t first = unit_begin / kLanes<A>;
+      score_block<A>(scratch.panels, scratch.offset, rows, problem_.features,
+                     weight_ + first * panels_ * kPanel<A> * kLanes<A>, weight_sums_ + unit_begin, vectors, scratch.scores, stride);
+    } else if (problem_.scores != nullptr) {
+      const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
+                                 problem_.scores_unit_stride, problem_.scores_position_stride};
+      gather_scores(given, position, begin, rows, unit_begin, units, scratch.scores, stride);
+    } else {
+      std::memset(scratch.scores, 0, rows * stride * sizeof(A));  // Eq. 3: equal weights
+    }
+    if (problem_.position_bias != nullptr)
+      add_position_bias(static_cast<const A*>(problem_.position_bias) + unit_begin * problem_.max_length,
+                        problem_.max_length, position, begin, rows, units, scratch.scores, stride);
+    if (out_.saved_scores != nullptr)
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(static_cast<A*>(out_.saved_scores) + (sets.first_row[set] + source.index(begin + r)) * problem_.units + unit_begin,
+                    scratch.scores + r * stride, units * sizeof(A));
+  }
+
+  void write_stats(const RunningSoftmax<A>& softmax, int64_t set, int64_t unit_begin, int64_t units) const {
+    if (out_.stats == nullptr) return;
+    A* stats = static_cast<A*>(out_.stats) + set * problem_.units + unit_begin;
+    std::memcpy(stats, softmax.max, units * sizeof(A));
+    std::memcpy(stats + problem_.sets.count * problem_.units, softmax.sum, units * sizeof(A));
+  }
+
+  A* norm_of(int64_t set, int64_t unit) const {
+    if (out_.stats == nullptr) return nullptr;
+    return static_cast<A*>(out_.stats) + (2 * problem_.sets.count + set) * problem_.units + unit;
+  }
+
+  A alpha(int64_t unit) const { return problem_.shift ? static_cast<const A*>(problem_.alpha)[unit] : A(1); }
+  A beta(int64_t unit) const { return problem_.shift ? static_cast<const A*>(problem_.beta)[unit] : A(0); }
+
+  A output_factor(A norm) const {  // y = factor * u
+    return problem_.shift ? A(1) / (root_units_ * std::max(norm, A(problem_.eps))) : A(1);
+  }
+
+  T* y_row(int64_t set, int64_t unit) const {
+    return static_cast<T*>(out_.y) + (set * problem_.units + unit) * problem_.features;
+  }
+
+  // The whole set is in scratch: turn exponentials into coefficients alpha a, then u = (alpha a) d + shift per tile of units.
+  void finish_block(Scratch& scratch, int64_t set, int64_t rows, int64_t unit_begin, int64_t units) const {
+    const int64_t stride = cpu::ceil_div(units, kLanes<A>) * kLanes<A>;
+    A* coefficient = scratch.softmax.scale;
+    for (int64_t n = 0; n < stride; ++n) {
+      const A sum = scratch.softmax.sum[n];
+      const A scale = n < units && sum != 0 ? alpha(unit_begin + n) / sum : A(0);
+      coefficient[n] = scale;
+      scratch.shift[n] = n < units ? scale * scratch.softmax.offset_sum[n] + beta(unit_begin + n) : A(0);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t n = 0; n < stride; n += kLanes<A>)
+        store_vector(scratch.scores + r * stride + n,
+                     load_vector(scratch.scores + r * stride + n) * load_vector(coefficient + n));
+    balanced(units, kTileRows, [&](int64_t n0, int64_t count) {
+      with_rows<kTileRows>(count, [&](auto tile_rows) {
+        A* u = scratch.pending.rows == scratch.sums ? scratch.sums + kTileRows * panels_ * kPanel<A> : scratch.sums;
+        unit_tile<tile_rows>(scratch, rows, stride, n0, set, unit_begin + n0, u);
+      });
+    });
+  }
+
+  template <int Rows>
+  __attribute__((noinline)) void unit_tile(Scratch& scratch, int64_t rows, int64_t stride, int64_t n0, int64_t set,
+                                           int64_t unit, A* u) const {
+    Pending& pending = scratch.pending;
+    Vec<A> squares[Rows];
+    FASTAC_UNROLL for (int i = 0; i < Rows; ++i) squares[i] = Vec<A>{};
+    const bool shift = problem_.shift;
+    for (int64_t p = 0; p < panels_; ++p) {
+      scratch.prefetch.step();
+      Tile<A, Rows, kTileVectors> tile;
+      FASTAC_UNROLL for (int i = 0; i < Rows; ++i) FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) tile.acc[i][v] =
+          broadcast<A>(scratch.shift[n0 + i]);
+      if ((p + 1) * kPanel<A> > problem_.features) clear_padding<Rows>(tile);
+      tile.template multiply_add<1>(scratch.scores + n0, stride, scratch.panels + p * rows * kPanel<A>, kPanel<A>, rows);
+      if (shift) {
+        FASTAC_UNROLL for (int i = 0; i < Rows; ++i) FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v)
+            squares[i] += tile.acc[i][v] * tile.acc[i][v];
+        tile.store(u + p * Rows * kPanel<A>);
+        write_pending(pending, p);
+      } else {
+        T* y = y_row(set, unit);
+        for (int i = 0; i < Rows; ++i) store_panel<T, A>(y + i * problem_.features, p, problem_.features, tile.acc[i], stream_);
+      }
+    }
+    if (!shift) return;
+    pending.rows = u;
+    pending.count = Rows;
+    pending.y = y_row(set, unit);
+    A squared_norm[Rows];
+    fold_all<A, Rows>(squares, squared_norm);
+    for (int i = 0; i < Rows; ++i) {
+      const A norm = std::sqrt(squared_norm[i]);
+      pending.factor[i] = output_factor(norm);
+      if (A* stats = norm_of(set, unit + i)) *stats = norm;
+    }
+  }
+
+  // The shift must not reach the columns beyond M, where it would count in the norm.
+  template <int Rows>
+  void clear_padding(Tile<A, Rows, kTileVectors>& tile) const {
+    const int64_t valid = problem_.features - (panels_ - 1) * kPanel<A>;
+    A keep[kPanel<A>];
+    for (int64_t m = 0; m < kPanel<A>; ++m) keep[m] = m < valid ? A(1) : A(0);
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < kTileVectors; ++v) tile.acc[i][v] *= load_vector(keep + v * kLanes<A>);
+  }
+
+  inline __attribute__((always_inline)) void write_pending(const Pending& pending, int64_t p) const {
+    const int64_t features = problem_.features, count = pending.count;
+    const A* row = pending.rows + p * count * kPanel<A>;
+    T* y = pending.y;
+    const bool stream = stream_;
+    for (int64_t i = 0; i < count; ++i, row += kPanel<A>, y += features) {
+      Vec<A> value[kTileVectors];
+      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(row + v * kLanes<A>) * pending.factor[i];
+      store_panel<T, A>(y, p, features, value, stream);
+    }
+  }
+
+  void flush(Pending& pending) const {
+    for (int64_t p = 0; p < panels_; ++p) write_pending(pending, p);
+    pending.count = 0;
+  }
+
+  // sums = sums * scale + exp(s - max) d, over one block of a long set.
+  void accumulate(Scratch& scratch, int64_t rows, int64_t units) const {
+    const int64_t stride = cpu::ceil_div(units, kLanes<A>) * kLanes<A>;
+    for (int64_t p = 0; p < panels_; ++p)
+      balanced(units, kTileRows, [&](int64_t n0, int64_t count) {
+        panel_kernel<A, Start::kScale>(count)(scratch.sums + (p * units + n0) * kPanel<A>, scratch.softmax.scale + n0,
+                                              scratch.scores + n0, stride, scratch.panels + p * rows * kPanel<A>, rows);
+      });
+  }
+
+  // y of one unit from its running sums; panel p of the sums is at sums + p * step.
+  void write_unit(int64_t set, int64_t unit, A sum, A offset_sum, A* sums, int64_t step) const {
+    const A scale = sum != 0 ? alpha(unit) / sum : A(0);
+    const A shift = scale * offset_sum + beta(unit);
+    Vec<A> squares = {};
+    for (int64_t p = 0; p < panels_; ++p) {
+      Tile<A, 1, kTileVectors> tile;
+      tile.fill(shift);
+      if ((p + 1) * kPanel<A> > problem_.features) clear_padding<1>(tile);
+      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+        tile.acc[0][v] += load_vector(sums + p * step + v * kLanes<A>) * scale;
+        squares += tile.acc[0][v] * tile.acc[0][v];
+        store_vector(sums + p * step + v * kLanes<A>, tile.acc[0][v]);
+      }
+    }
+    const A norm = std::sqrt(horizontal_sum<A>(squares)), factor = output_factor(norm);
+    if (A* stats = norm_of(set, unit)) *stats = norm;
+    T* y = y_row(set, unit);
+    for (int64_t p = 0; p < panels_; ++p) {
+      Vec<A> value[kTileVectors];
+      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(sums + p * step + v * kLanes<A>) * factor;
+      store_panel<T, A>(y, p, problem_.features, value, stream_);
+    }
+  }
+
+  // Partial results of a segment, per unit: max, sum, offset sum, then sum_l exp(s - max) d.
+  static constexpr int64_t kHeader = 8;
+  int64_t partial_size() const { return problem_.units * (kHeader + panels_ * kPanel<A>); }
+  A* partial_of(int64_t index, int64_t unit) const {
+    return static_cast<A*>(workspace_.get()) + index * partial_size() + unit * (kHeader + panels_ * kPanel<A>);
+  }
+
+  // Segments of one set are joined in their order: total = sum_i exp(max_i - max) sum_i.
+  void combine() const {
+    for (size_t first = 0; first < plan_.segments.size();) {
+      size_t last = first + 1;
+      while (last < plan_.segments.size() && plan_.segments[last].set == plan_.segments[first].set) ++last;
+      const int64_t set = plan_.segments[first].set;
+      if (plan_.segments[first].partial >= 0)
+        cpu::parallel(parallel_for_, problem_.units, [&](int64_t begin, int64_t end) {
+          for (int64_t n = begin; n < end; ++n) combine_unit(set, n, plan_.segments[first].partial, plan_.segments[last - 1].partial);
+        });
+      first = last;
+    }
+  }
+
+  void combine_unit(int64_t set, int64_t unit, int64_t first, int64_t last) const {
+    A top = -std::numeric_limits<A>::infinity();
+    for (int64_t i = first; i <= last; ++i) {
+      const A value = partial_of(i, unit)[0];
+      top = value > top || value != value ? value : top;
+    }
+    A sum = 0, offset_sum = 0;
+    A* total = partial_of(first, unit);
+    for (int64_t i = first; i <= last; ++i) {
+      const A* part = partial_of(i, unit);
+      const A scale = part[0] == top ? A(1) : std::exp(part[0] - top);
+      sum += scale * part[1];
+      offset_sum += scale * part[2];
+      for (int64_t m = kHeader; m < kHeader + panels_ * kPanel<A>; m += kLanes<A>) {
+        Vec<A> value = load_vector(part + m) * scale;
+        store_vector(total + m, i == first ? value : load_vector(total + m) + value);
+      }
+    }
+    if (out_.stats != nullptr) {
+      A* stats = static_cast<A*>(out_.stats) + set * problem_.units + unit;
+      stats[0] = top;
+      stats[problem_.sets.count * problem_.units] = sum;
+    }
+    write_unit(set, unit, sum, offset_sum, total + kHeader, kPanel<A>);
+  }
+
+  const Problem& problem_;
+  const ForwardOutputs& out_;
+  const ParallelFor parallel_for_;
+  const cpu::Plan plan_;
+  const int64_t panels_;
+  const A root_units_;
+  const bool stream_;
+  cpu::Buffer packed_weight_, workspace_;
+  const A* weight_ = nullptr;
+  const A* weight_sums_ = nullptr;
+};

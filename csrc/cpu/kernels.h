@@ -1,0 +1,36 @@
+// The kernels of one instruction set. A source file includes kernels_begin.h, opens its target pragma, sets
+//   FASTAC_VECTOR_BYTES   bytes of a vector register
+//   FASTAC_TILE_ROWS      rows of a register tile
+//   FASTAC_TILE_VECTORS   vectors of a row of a tile: rows * vectors + vectors + 1 registers are in use
+//   FASTAC_DOT_TILE       side of a dot tile
+// and includes this file inside namespace fastac. All of it has internal linkage, so that code for one instruction set
+// can never stand in for another's.
+
+namespace {
+
+#include "vec.h"
+#include "tile.h"
+#include "pack.h"
+#include "softmax.h"
+#include "forward.h"
+#include "backward.h"
+
+template <typename F>
+inline void with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kFloat32: return f(float{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+  }
+}
+
+void run_forward(const Problem& problem, const ForwardOutputs& out, ParallelFor parallel_for) {
+  with_storage(problem.dtype, [&](auto t) { Forward<decltype(t)>(problem, out, parallel_for).run(); });
+}
+
+void run_backward(const Problem& problem, const BackwardArguments& args, ParallelFor parallel_for) {
+  with_storage(problem.dtype, [&](auto t) { Backward<decltype(t)>(problem, args, parallel_for).run(); });
+}
+
+}  // namespace

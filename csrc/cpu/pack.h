@@ -1,0 +1,160 @@
+// From user memory to panels: rows of x are gathered, converted to the accumulator type, freed of a large common
+// offset and padded with zeros, so that the tiles never meet a stride, a mask, a half type or a tail.
+// Included inside an anonymous namespace.
+
+template <typename T>
+struct RowSource {
+  const T* base;            // of the set
+  int64_t stride;           // elements between positions
+  const int64_t* position;  // valid positions, or null
+  const T* row(int64_t i) const { return base + (position ? position[i] : i) * stride; }
+  int64_t index(int64_t i) const { return position ? position[i] : i; }
+};
+
+template <typename A>
+inline int64_t panel_count(int64_t features) {
+  return (features + kPanel<A> - 1) / kPanel<A>;
+}
+
+// The offset taken off a row: its mean where that dominates the row, else 0, so that ordinary rows stay exact.
+// Meanwhile the row `ahead` is fetched: the processor's own prefetching stops at every page.
+template <typename T, typename A>
+inline A row_offset(const T* row, int64_t features, const T* ahead) {
+  Vec<A> sum[2] = {}, squares[2] = {};
+  int64_t m = 0;
+  for (; m + 2 * kLanes<A> <= features; m += 2 * kLanes<A>) {
+    __builtin_prefetch(ahead + m, 0, 2);
+    __builtin_prefetch(ahead + m + kLanes<A>, 0, 2);
+    for (int v = 0; v < 2; ++v) {
+      Vec<A> x = Storage<T>::load(row + m + v * kLanes<A>);
+      sum[v] += x;
+      squares[v] += x * x;
+    }
+  }
+  for (; m < features; m += kLanes<A>) {
+    Vec<A> x = load_partial(row + m, std::min(kLanes<A>, features - m));
+    sum[0] += x;
+    squares[0] += x * x;
+  }
+  const A total = horizontal_sum<A>(sum[0] + sum[1]);
+  const A mean = total / A(features);
+  const bool dominates = total * mean > A(0.5) * horizontal_sum<A>(squares[0] + squares[1]);
+  return dominates && std::isfinite(mean) ? mean : A(0);
+}
+
+// panels[p][r][:] = x[rows begin + r] - offset[r], for r < count.
+constexpr int64_t kRowsAhead = 3;
+
+template <typename T, typename A>
+inline void pack_rows(const RowSource<T>& source, int64_t begin, int64_t count, int64_t features, A* panels, A* offset) {
+  const int64_t last = begin + count - 1;
+  const int64_t full = features / kPanel<A>, tail = features - full * kPanel<A>;
+  for (int64_t r = 0; r < count; ++r) {
+    const T* row = source.row(begin + r);
+    const A mean = row_offset<T, A>(row, features, source.row(std::min(begin + r + kRowsAhead, last)));
+    offset[r] = mean;
+    A* out = panels + r * kPanel<A>;
+    for (int64_t p = 0; p < full; ++p, out += count * kPanel<A>)
+      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v)
+          store_vector(out + v * kLanes<A>, Storage<T>::load(row + p * kPanel<A> + v * kLanes<A>) - mean);
+    if (tail == 0) continue;
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int64_t left = std::min(kLanes<A>, tail - v * kLanes<A>);
+      Vec<A> value = {};
+      if (left > 0) {
+        A keep[kLanes<A>];
+        for (int64_t i = 0; i < kLanes<A>; ++i) keep[i] = i < left ? mean : A(0);
+        value = load_partial(row + full * kPanel<A> + v * kLanes<A>, left) - load_vector(keep);
+      }
+      store_vector(out + v * kLanes<A>, value);
+    }
+  }
+}
+
+// Without the offset: weight and other parameters.
+template <typename T, typename A>
+inline void pack_matrix(const T* rows, int64_t count, int64_t features, int64_t panel, A* out) {
+  const int64_t start = panel * kPanel<A>;
+  for (int64_t r = 0; r < count; ++r, out += kPanel<A>)
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int64_t m = start + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
+      const T* p = rows + r * features + m;
+      store_vector(out + v * kLanes<A>, left == kLanes<A> ? Storage<T>::load(p) : left > 0 ? load_partial(p, left) : Vec<A>{});
+    }
+}
+
+// weight, one vector of units after the other and transposed: out[m][lane] = weight[first + lane][m], zero outside;
+// sums[lane] = sum_m weight[first + lane][m].
+template <typename T, typename A>
+inline void pack_transposed(const T* weight, int64_t units, int64_t features, int64_t first, A* out, A* sums) {
+  const int64_t padded = panel_count<A>(features) * kPanel<A>, valid = std::min(kLanes<A>, units - first);
+  Vec<A> total = {};
+  for (int64_t m0 = 0; m0 < padded; m0 += kLanes<A>) {
+    Vec<A> block[kLanes<A>];
+    const int64_t left = std::min(kLanes<A>, features - m0);
+    for (int64_t i = 0; i < kLanes<A>; ++i) {
+      const T* p = weight + (first + i) * features + m0;
+      block[i] = i >= valid || left <= 0 ? Vec<A>{} : left == kLanes<A> ? Storage<T>::load(p) : load_partial(p, left);
+    }
+    transpose_block<A>(block);
+    for (int64_t m = 0; m < kLanes<A>; ++m) {
+      total += block[m];
+      store_vector(out + (m0 + m) * kLanes<A>, block[m]);
+    }
+  }
+  store_vector(sums, total);
+}
+
+// Brings memory that is about to be read into the second-level cache, a few lines at every step of another computation.
+class Prefetch {
+ public:
+  void start(const void* p, int64_t bytes, int64_t steps) {
+    at_ = static_cast<const char*>(p);
+    end_ = at_ + bytes;
+    stride_ = (bytes / kLine / std::max<int64_t>(steps, 1) + 1) * kLine;
+  }
+  inline __attribute__((always_inline)) void step() {
+    const char* stop = std::min(at_ + stride_, end_);
+    for (; at_ < stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  int64_t stride_ = 0;
+};
+
+constexpr int64_t kStreamBytes = 16 << 20;  // results at least this large are stored past the caches
+
+// Whether rows of `features` elements in `bytes` bytes of results are to be streamed.
+template <typename T>
+inline bool streams(const void* p, int64_t features, int64_t bytes) {
+  using A = typename Accumulator<T>::type;
+  return kCanStream && std::is_same_v<T, A> && bytes >= kStreamBytes && features * int64_t(sizeof(T)) % FASTAC_VECTOR_BYTES == 0 &&
+         reinterpret_cast<uintptr_t>(p) % FASTAC_VECTOR_BYTES == 0;
+}
+
+// One panel of a row of y or dx from registers to user memory.
+template <typename T, typename A>
+inline __attribute__((always_inline)) void store_panel(T* row, int64_t panel, int64_t features, const Vec<A>* value,
+                                                       bool stream) {
+  const int64_t start = panel * kPanel<A>;
+  if constexpr (std::is_same_v<T, A>) {
+    if (stream && start + kPanel<A> <= features) {
+      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) stream_vector(row + start + v * kLanes<A>, value[v]);
+      return;
+    }
+  }
+  if (start + kPanel<A> <= features) {
+    FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) Storage<T>::store(row + start + v * kLanes<A>, value[v]);
+    return;
+  }
+  for (int v = 0; v < kTileVectors; ++v) {
+    const int64_t m = start + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
+    if (left == kLanes<A>)
+      Storage<T>::store(row + m, value[v]);
+    else if (left > 0)
+      store_partial(row + m, value[v], left);
+  }
+}

@@ -1,0 +1,219 @@
+// Register tiles: the only loops that matter. A tile is `Rows` x kTileVectors accumulators that stay in registers while
+// the sum runs; rows are scalars broadcast from memory, columns are vectors. Included inside an anonymous namespace.
+//
+// Panels: a matrix of `rows` x M is kept as [M / kPanel][rows][kPanel], zero beyond M, so that whatever a tile touches
+// is contiguous and aligned whatever M is.
+
+constexpr int kTileRows = FASTAC_TILE_ROWS;
+constexpr int kTileVectors = FASTAC_TILE_VECTORS;
+template <typename A>
+constexpr int64_t kPanel = kTileVectors * kLanes<A>;
+
+#define FASTAC_UNROLL _Pragma("GCC unroll 32")
+
+template <typename A, int Rows, int Vectors>
+struct Tile {
+  Vec<A> acc[Rows][Vectors];
+
+  inline __attribute__((always_inline)) void fill(A value) {
+    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] =
+        broadcast<A>(value);
+  }
+
+  // Rows of one panel, kPanel apart.
+  inline __attribute__((always_inline)) void load(const A* from) {
+    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] =
+        load_vector(from + r * kPanel<A> + v * kLanes<A>);
+  }
+  inline __attribute__((always_inline)) void store(A* to) const {
+    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v)
+        store_vector(to + r * kPanel<A> + v * kLanes<A>, acc[r][v]);
+  }
+  inline __attribute__((always_inline)) void scale_rows(const A* factor) {
+    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] *= factor[r];
+  }
+
+  // acc[r, v] += sum_k row[k * row_step + r * RowStride] * column[k * column_step + v * vector_stride + lanes]
+  template <int64_t RowStride>
+  inline __attribute__((always_inline)) void multiply_add(const A* row, int64_t row_step, const A* column,
+                                                          int64_t column_step, int64_t count,
+                                                          int64_t vector_stride = kLanes<A>) {
+    for (int64_t k = 0; k < count; ++k) {
+      Vec<A> b[Vectors];
+      FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) b[v] = load_vector(column + v * vector_stride);
+      FASTAC_UNROLL for (int r = 0; r < Rows; ++r) {
+        Vec<A> a = broadcast<A>(row[r * RowStride]);
+        FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] += a * b[v];
+      }
+      row += row_step;
+      column += column_step;
+    }
+  }
+};
+
+// f(std::integral_constant<int, rows>) for a row count known only at run time.
+template <int Limit, typename F>
+inline void with_rows(int64_t rows, F&& f) {
+  if constexpr (Limit > 1) {
+    if (rows < Limit) return with_rows<Limit - 1>(rows, f);
+  }
+  f(std::integral_constant<int, Limit>{});
+}
+
+// Splits [0, total) into ceil(total / limit) runs that differ by at most one and calls f(start, length).
+template <typename F>
+inline void balanced(int64_t total, int64_t limit, F&& f) {
+  const int64_t parts = (total + limit - 1) / limit;
+  for (int64_t i = 0, start = 0; i < parts; ++i) {
+    const int64_t length = (total - start + parts - i - 1) / (parts - i);
+    f(start, length);
+    start += length;
+  }
+}
+
+// Dot tiles: both operands run along M, so the sum over M is kept in lanes and folded once at the end.
+constexpr int kDotTile = FASTAC_DOT_TILE;
+
+// The two halves of a butterfly between vectors `Step` apart: a keeps its lanes where bit `Step` of the lane is 0 and takes
+// the partner lanes of b elsewhere (near); what is left over of both is far.
+template <typename A, int Step, int64_t... Lane>
+inline __attribute__((always_inline)) void exchange(Vec<A> a, Vec<A> b, Vec<A>& near, Vec<A>& far,
+                                                    std::integer_sequence<int64_t, Lane...>) {
+  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(FASTAC_VECTOR_BYTES)));
+  constexpr Index kCount = kLanes<A>;
+  constexpr Indices kNear = {Index((Lane & Step) ? (Lane ^ Step) + kCount : Lane)...};
+  constexpr Indices kFar = {Index((Lane & Step) ? Lane + kCount : (Lane ^ Step))...};
+  near = __builtin_shuffle(a, b, kNear);
+  far = __builtin_shuffle(a, b, kFar);
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <typename A, int Step = 1>
+inline __attribute__((always_inline)) Vec<A> fold(const Vec<A>* v) {
+  if constexpr (Step == kLanes<A>) {
+    return v[0];
+  } else {
+    constexpr int kPairs = kLanes<A> / Step / 2;
+    Vec<A> half[kPairs];
+    FASTAC_UNROLL for (int i = 0; i < kPairs; ++i) {
+      Vec<A> near, far;
+      exchange<A, Step>(v[2 * i], v[2 * i + 1], near, far, std::make_integer_sequence<int64_t, kLanes<A>>{});
+      half[i] = near + far;
+    }
+    return fold<A, 2 * Step>(half);
+  }
+}
+
+template <typename A, int Step = 1>
+inline A horizontal_sum(Vec<A> v) {
+  if constexpr (Step == kLanes<A>) {
+    return v[0];
+  } else {
+    Vec<A> near, far;
+    exchange<A, Step>(v, v, near, far, std::make_integer_sequence<int64_t, kLanes<A>>{});
+    return horizontal_sum<A, 2 * Step>(near + far);
+  }
+}
+
+// sums[i] = the sum of the lanes of v[i], i < Count.
+template <typename A, int Count>
+inline __attribute__((always_inline)) void fold_all(const Vec<A>* v, A* sums) {
+  constexpr int kWidth = kLanes<A>, kFolds = (Count + kWidth - 1) / kWidth;
+  FASTAC_UNROLL for (int f = 0; f < kFolds; ++f) {
+    Vec<A> group[kWidth];
+    FASTAC_UNROLL for (int i = 0; i < kWidth; ++i) group[i] = f * kWidth + i < Count ? v[(f * kWidth + i) % Count] : Vec<A>{};
+    A folded[kWidth];
+    store_vector(folded, fold<A>(group));
+    FASTAC_UNROLL for (int i = 0; i < kWidth; ++i) if (f * kWidth + i < Count) sums[f * kWidth + i] = folded[i];
+  }
+}
+
+// v[i] lane j  <->  v[j] lane i.
+template <typename A, int Step = 1>
+inline __attribute__((always_inline)) void transpose_block(Vec<A>* v) {
+  if constexpr (Step < kLanes<A>) {
+    FASTAC_UNROLL for (int i = 0; i < kLanes<A>; ++i) if ((i & Step) == 0) {
+      Vec<A> near, far;
+      exchange<A, Step>(v[i], v[i + Step], near, far, std::make_integer_sequence<int64_t, kLanes<A>>{});
+      v[i] = near;
+      v[i + Step] = far;
+    }
+    transpose_block<A, 2 * Step>(v);
+  }
+}
+
+// out[c * out_stride + r] = in[r * in_stride + c] for whole blocks of lanes that cover rows x columns; both strides are
+// multiples of the lanes, `in` may be read to the end of a block of rows.
+template <typename A>
+inline void transpose(const A* in, int64_t in_stride, int64_t rows, int64_t columns, A* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes<A>)
+    for (int64_t c = 0; c < columns; c += kLanes<A>) {
+      Vec<A> block[kLanes<A>];
+      FASTAC_UNROLL for (int i = 0; i < kLanes<A>; ++i) block[i] = r + i < rows ? load_vector(in + (r + i) * in_stride + c) : Vec<A>{};
+      transpose_block<A>(block);
+      FASTAC_UNROLL for (int i = 0; i < kLanes<A>; ++i) if (c + i < columns) store_vector(out + (c + i) * out_stride + r, block[i]);
+    }
+}
+
+// out[j * out_stride + i] = sum_m p[i, m] * q[j, m], i < P, j < Q, both in panel form.
+template <typename A, int P, int Q>
+void dot_tile(const A* p, int64_t p_panel, const A* q, int64_t q_panel, int64_t panels, A* out, int64_t out_stride) {
+  Vec<A> acc[P * Q];
+  FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = Vec<A>{};
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      Vec<A> b[Q];
+      FASTAC_UNROLL for (int j = 0; j < Q; ++j) b[j] = load_vector(q + j * kPanel<A> + v * kLanes<A>);
+      FASTAC_UNROLL for (int i = 0; i < P; ++i) {
+        Vec<A> a = load_vector(p + i * kPanel<A> + v * kLanes<A>);
+        FASTAC_UNROLL for (int j = 0; j < Q; ++j) acc[i * Q + j] += a * b[j];
+      }
+    }
+    p += p_panel;
+    q += q_panel;
+  }
+  A sums[P * Q];
+  fold_all<A, P * Q>(acc, sums);
+  FASTAC_UNROLL for (int i = 0; i < P; ++i) FASTAC_UNROLL for (int j = 0; j < Q; ++j) out[j * out_stride + i] = sums[i * Q + j];
+}
+
+template <typename A>
+using DotKernel = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t);
+template <typename A, int... Index>
+constexpr std::array<DotKernel<A>, sizeof...(Index)> dot_kernels(std::integer_sequence<int, Index...>) {
+  return {&dot_tile<A, Index / kDotTile + 1, Index % kDotTile + 1>...};
+}
+template <typename A>
+inline DotKernel<A> dot_kernel(int64_t p, int64_t q) {
+  static constexpr auto kTable = dot_kernels<A>(std::make_integer_sequence<int, kDotTile * kDotTile>{});
+  return kTable[(p - 1) * kDotTile + q - 1];
+}
+
+// Panel tiles: `Rows` consecutive rows of one panel in memory, out[r, :] = scale[r] * out[r, :] + sum_k row[k * row_step + r]
+// * column[k, :]. Functions of their own, so that nothing around them competes for registers.
+enum class Start { kZero, kLoad, kScale };
+
+template <typename A, int Rows, Start From>
+void panel_tile(A* out, const A* scale, const A* row, int64_t row_step, const A* column, int64_t count) {
+  Tile<A, Rows, kTileVectors> tile;
+  if constexpr (From == Start::kZero)
+    tile.fill(0);
+  else
+    tile.load(out);
+  if constexpr (From == Start::kScale) tile.scale_rows(scale);
+  tile.template multiply_add<1>(row, row_step, column, kPanel<A>, count);
+  tile.store(out);
+}
+
+template <typename A>
+using PanelKernel = void (*)(A*, const A*, const A*, int64_t, const A*, int64_t);
+template <typename A, Start From, int... Index>
+constexpr std::array<PanelKernel<A>, sizeof...(Index)> panel_kernels(std::integer_sequence<int, Index...>) {
+  return {&panel_tile<A, Index + 1, From>...};
+}
+template <typename A, Start From>
+inline PanelKernel<A> panel_kernel(int64_t rows) {
+  static constexpr auto kTable = panel_kernels<A, From>(std::make_integer_sequence<int, kTileRows>{});
+  return kTable[rows - 1];
+}

@@ -1,0 +1,7 @@
+"""The systems of the papers, built on the attention cluster."""
+
+from __future__ import annotations
+
+from .flash_mnist import FlashMNISTClassifier, FrameCNN
+
+__all__ = ["FlashMNISTClassifier", "FrameCNN"]

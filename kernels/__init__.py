@@ -1,0 +1,1 @@
+"""Triton kernels of fastac, installed as `fastac.kernels`; this version has no Triton backend yet."""

@@ -1,0 +1,95 @@
+"""Fixtures of the whole suite: seeded numbers, backends under every instruction set, and the report header."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+from helpers import BACKENDS, ISA_NAMES, NATIVE, Backend
+
+from fastac import _native
+
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "explore",
+    parent=hypothesis.settings.get_profile("ci"),
+    derandomize=False,
+    max_examples=1000,
+    print_blob=True,
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: takes long; run by `make full`")
+    config.addinivalue_line("markers", "unguarded: the native allocations are left as users get them")
+
+
+def pytest_report_header() -> list[str]:
+    if _native.available:
+        isa = ISA_NAMES[torch.ops.fastac.cpu_isa()]
+        native = f"in use {isa}; tested {', '.join(ISA_NAMES[b.isa] for b in NATIVE if b.isa is not None)}"
+    elif NATIVE:
+        native = f"MISSING, its tests will fail: {_native.why_not}"
+    else:
+        native = "left out by FASTAC_NATIVE=0, its tests do not run"
+    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"native kernels: {native}"]
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """The same numbers in every run, other ones in every test."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend, the native one under each instruction set, its allocations poisoned and guarded."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
+@pytest.fixture(params=NATIVE, ids=str)
+def native(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The native backend under each instruction set, its allocations poisoned and guarded."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
+@pytest.fixture(params=[BACKENDS[0], *NATIVE[-1:]], ids=str)
+def each_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend once, the native one with the widest instruction set: for tests of what lies above the kernels."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
+@pytest.fixture(params=NATIVE[-1:], ids=str)
+def widest(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The native backend with the widest instruction set only."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """For thousands of tiny calls, where waking a second thread is most of the time."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts torch's thread count back after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

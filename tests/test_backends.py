@@ -1,0 +1,270 @@
+"""Which backend runs, how it is chosen, forced and reported; `explain` and the command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastac
+from fastac import _native, backends
+from fastac.__main__ import main
+
+X, W = torch.randn(2, 5, 64), torch.randn(3, 64)
+AUTOMATIC = "cpu" if _native.available else "reference"
+
+
+@pytest.fixture(autouse=True)
+def unforced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "current", None)
+    monkeypatch.setattr(backends, "_logged", set())
+
+
+def ran(x: Tensor = X, **kwargs: object) -> str:
+    """The backend whose operators a call reaches."""
+    seen: list[str] = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        fastac.attention_cluster(x, W.to(x.device), **kwargs)
+    own = [name.split(".")[1].split("_")[0] for name in seen if name.startswith("fastac.")]
+    return own[0] if own else "reference"
+
+
+def test_automatic_choice() -> None:
+    assert ran() == AUTOMATIC
+    assert backends.choose(X) == AUTOMATIC
+
+
+def test_by_argument_context_and_nesting() -> None:
+    assert ran(backend="reference") == "reference"
+    with fastac.backend("reference"):
+        assert ran() == "reference"
+        with fastac.backend("cpu"):
+            assert backends.current == "cpu"
+        assert backends.current == "reference"
+    assert backends.current is None
+
+
+def test_context_is_left_after_an_exception() -> None:
+    with pytest.raises(KeyError), fastac.backend("reference"):
+        raise KeyError
+    assert backends.current is None
+
+
+@pytest.mark.parametrize("name", ["cpuu", "", "CPU"])
+def test_unknown_name_lists_the_known(name: str) -> None:
+    message = f"backend must be one of cuda, triton, cpu, reference, got {name!r}"
+    with pytest.raises(ValueError, match=message), fastac.backend(name):
+        pass
+    with pytest.raises(ValueError, match=message):
+        fastac.attention_cluster(X, W, backend=name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_asked_for_and_not_built(name: str) -> None:
+    with pytest.raises(ValueError, match=f"backend '{name}' cannot run this call: not built"):
+        fastac.attention_cluster(X, W, backend=name)
+    with fastac.backend(name), pytest.raises(ValueError, match="not built"):
+        fastac.attention_cluster(X, W)
+
+
+def test_asked_for_on_another_device() -> None:
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: x is on meta, not on the CPU"):
+        fastac.attention_cluster(X.to("meta"), W.to("meta"), backend="cpu")
+
+
+def test_without_the_native_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_native, "available", False)
+    monkeypatch.setattr(_native, "why_not", "taken away by this test")
+    with caplog.at_level(logging.INFO, "fastac"):
+        assert ran() == "reference"
+        assert ran() == "reference"
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "taken away by this test" in caplog.text
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run this call: taken away by this test"):
+        fastac.attention_cluster(X, W, backend="cpu")
+
+
+def test_device_without_kernels_warns_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "fastac"):
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            y = fastac.attention_cluster(X.to("meta", dtype), W.to("meta", dtype))
+            assert y.shape == (2, 3, 64)
+    assert len(caplog.records) == 1
+    assert "no backend has kernels for meta devices" in caplog.text
+
+
+def test_choice_is_logged_once_per_plan(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = torch.tensor([5, 2])
+    with caplog.at_level(logging.INFO, "fastac"):
+        for _ in range(3):
+            fastac.attention_cluster(X, W, lengths=lengths)
+        assert len(caplog.records) == 1
+        fastac.attention_cluster(X.double(), W.double(), lengths=lengths)
+        assert len(caplog.records) == 2
+    assert f"backend {AUTOMATIC}" in caplog.records[0].getMessage()
+
+
+def test_nothing_is_logged_while_compiling(caplog: pytest.LogCaptureFixture) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: fastac.attention_cluster(x, W), fullgraph=True, backend="eager")
+    with caplog.at_level(logging.INFO, "fastac"):
+        compiled(X)
+    assert not [r for r in caplog.records if r.name == "fastac"]
+
+
+def test_compiled_code_follows_the_backend() -> None:
+    graphs: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(str(module.graph))
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: fastac.attention_cluster(x, W), fullgraph=True, backend=keep)
+    first = compiled(X)
+    with fastac.backend("reference"):
+        second = compiled(X)
+    torch.testing.assert_close(first, second)
+    assert "fastac" not in graphs[-1]
+    if _native.available:
+        assert "fastac.cpu_forward" in graphs[0]
+        assert len(graphs) == 2
+
+
+def test_environment_variable() -> None:
+    def run(value: str) -> subprocess.CompletedProcess[str]:
+        code = "import fastac, torch; print(fastac.explain(torch.randn(2, 3, 4), torch.randn(5, 4)).backend)"
+        environment = {**os.environ, "FASTAC_BACKEND": value}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+
+    assert run("reference").stdout.strip() == "reference"
+    wrong = run("gpu")
+    assert wrong.returncode != 0
+    assert "backend must be one of cuda, triton, cpu, reference, got 'gpu'" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "vmap", "dual"])
+def test_transforms_use_the_reference(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    x, weight = X.double(), W.double()
+
+    def loss(x: Tensor, **kwargs: str) -> Tensor:
+        return fastac.attention_cluster(x, weight, **kwargs).pow(3).sum()
+
+    (gradient,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    x = x.detach()
+    direction = torch.randn_like(x)
+    with caplog.at_level(logging.INFO, "fastac"):
+        if name == "grad":
+            torch.testing.assert_close(torch.func.grad(loss)(x), gradient)
+        elif name == "jvp":
+            _, tangent = torch.func.jvp(loss, (x,), (direction,))
+            torch.testing.assert_close(tangent, (gradient * direction).sum())
+        elif name == "vmap":
+            torch.testing.assert_close(torch.vmap(loss)(x[None]), loss(x)[None])
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                y = loss(torch.autograd.forward_ad.make_dual(x, direction))
+                tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+            torch.testing.assert_close(tangent, (gradient * direction).sum())
+    assert "backend reference" in caplog.text
+    if name == "grad" and _native.available:
+        with pytest.raises(ValueError, match=r"backend 'cpu' cannot run this call: .*torch\.func"):
+            torch.func.grad(lambda x: loss(x, backend="cpu"))(x)
+
+
+# explain
+
+
+def test_explain_counts_what_the_cost_model_says() -> None:
+    b, length, m, n, s = 256, 25, 1536, 64, 4
+    x, weight = torch.empty(b, length, m), torch.empty(n, m)
+    got = fastac.explain(x, weight, torch.ones(n), torch.zeros(n))
+    assert got.backend == AUTOMATIC
+    assert (got.batch, got.positions, got.in_features, got.cluster_size) == (b, b * length, m, n)
+    assert got.forward.operations == 4 * b * length * m * n
+    assert got.forward.bytes == b * (length + n) * m * s
+    assert got.backward.operations == 4 * b * length * m * n  # x is frozen
+    trained = fastac.explain(x.requires_grad_(), weight)
+    assert trained.backward.operations == 8 * b * length * m * n
+    assert trained.backward.bytes == b * (2 * length + 2 * n) * m * s
+    more_units = fastac.explain(x, torch.empty(2 * n, m))  # 20 N > M: the scores are computed again
+    assert more_units.backward.operations == (8 + 2) * b * length * m * 2 * n
+
+
+def test_explain_counts_valid_positions() -> None:
+    scores = torch.randn(2, 3, 5)
+    assert fastac.explain(X, W, lengths=torch.tensor([5, 2])).positions == 7
+    assert fastac.explain(X, W, mask=torch.eye(5)[:2].bool()).positions == 2
+    assert fastac.explain(X[0], W, offsets=torch.tensor([0, 1, 4])).positions == 4
+    pooled = fastac.explain(X, scores=scores)
+    assert (pooled.weighting, pooled.cluster_size) == ("scores", 3)
+    assert pooled.forward.operations == 2 * 2 * 5 * 64 * 3
+    assert fastac.explain(X).weighting == "average"
+    nested = torch.nested.nested_tensor([X[0], X[1, :2]], layout=torch.jagged)
+    assert (fastac.explain(nested, W).layout, fastac.explain(nested, W).positions) == ("packed", 7)
+
+
+def test_explain_prints_every_part() -> None:
+    with fastac.backend("reference"):
+        text = str(fastac.explain(X, W))
+    for part in ("backend    reference", "fc1, padded", "B = 2, 10 positions, M = 64, N = 3", "FLOP"):
+        assert part in text
+    assert "not cuda   not built" in text
+    assert "not cpu" in text
+
+
+# The command line
+
+
+def test_info_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        fastac.__version__,
+        torch.__version__,
+        "cuda: not built",
+        "triton: not built",
+        "reference: available",
+    ):
+        assert part in text
+    for name in ("FASTAC_BACKEND", "FASTAC_CPU_ISA", "FASTAC_CHECK", "FASTAC_NATIVE"):
+        assert name in text
+    if _native.available:
+        assert f"instruction set in use: {_native.isa()}" in text
+        assert str(_native.PATH) in text
+    else:
+        assert str(_native.why_not) in text
+
+
+def test_info_without_the_native_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_native, "available", False)
+    monkeypatch.setattr(_native, "why_not", "taken away by this test")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "not available: taken away by this test" in text
+    assert "cpu: taken away by this test" in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["inof"], ["info", "--more"]])
+def test_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err

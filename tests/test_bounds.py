@@ -1,0 +1,180 @@
+"""No native kernel reads or writes out of bounds, whatever a direct operator call hands it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from helpers import LAYOUTS, WEIGHTINGS, Backend, Case, make_case, pack
+
+FLOATS = ("x", "weight", "scores", "position_bias", "alpha", "beta")
+
+
+def arguments(case: Case) -> dict[str, Any]:
+    """The operators' arguments by name."""
+    names = (*FLOATS, "lengths", "mask", "offsets", "eps")
+    return {name: getattr(case, name) for name in names}
+
+
+def forward(case: Case) -> tuple[torch.Tensor, ...]:
+    found: tuple[torch.Tensor, ...] = torch.ops.fastac.cpu_forward(**arguments(case), save_scores=True)
+    return found
+
+
+def backward(
+    case: Case, saved: tuple[torch.Tensor, ...], dy: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    needs = sum(1 << i for i, name in enumerate(FLOATS) if getattr(case, name) is not None)
+    rest = dict(zip(("y", "stats", "saved_scores"), saved, strict=True))
+    dy = case.dy() if dy is None else dy
+    found: tuple[torch.Tensor, ...] = torch.ops.fastac.cpu_backward(
+        dy, **arguments(case), **rest, needs=needs
+    )
+    return found
+
+
+def wrong(case: Case, name: str) -> list[Any]:
+    """Values of one argument that contradict the others."""
+    t = getattr(case, name)
+    found: list[Any] = [t[..., :-1], t[:-1], t[None], t.to("meta")]
+    if name in FLOATS:
+        found += [t.to(torch.float64), t.to(torch.int64)]
+    else:
+        found += [t.to(torch.float32), t.to(torch.int32)]
+    if name == "position_bias":
+        found = [t[:, :22], t[:-1], t[None], t.to(torch.float64), t.to("meta")]
+    if name == "x":
+        found = [t[..., :-1], t[None], t.flatten(), t.to(torch.int64), t.to("meta"), t[..., :0]]
+        if case.scores is not None or case.lengths is not None or case.mask is not None:
+            found.append(t[:-1])
+    if name == "offsets":
+        found = [t[None], t.to(torch.float32), t.to(torch.int32), t[:0], t.to("meta")]
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_contradicting_arguments_are_refused(native: Backend, weighting: str, layout: str) -> None:
+    case = make_case(weighting=weighting, layout=layout)
+    saved = forward(case)
+    for name in (*FLOATS, "lengths", "mask", "offsets"):
+        if getattr(case, name) is None:
+            continue
+        for value in wrong(case, name):
+            bad = case.replace(**{name: value})
+            what = f"{name} {tuple(value.shape)} {value.dtype} {value.device}"
+            for operator in ("cpu_inference", "cpu_forward", "cpu_backward"):
+                try:
+                    if operator == "cpu_inference":
+                        torch.ops.fastac.cpu_inference(**arguments(bad))
+                    elif operator == "cpu_forward":
+                        forward(bad)
+                    else:
+                        backward(bad, saved, case.dy())
+                except RuntimeError:  # NotImplementedError, for meta tensors without a kernel, is one too
+                    continue
+                pytest.fail(f"{operator} took {what}")
+
+
+def test_both_or_too_many_variants_are_refused(native: Backend) -> None:
+    case, other = make_case(), make_case(weighting="scores")
+    ragged = {"lengths": torch.full((5,), 3), "mask": torch.ones(5, 23, dtype=torch.bool)}
+    bad = [
+        case.replace(scores=other.scores),
+        case.replace(alpha=None),
+        case.replace(beta=None),
+        case.replace(**ragged),
+        case.replace(lengths=ragged["lengths"], offsets=torch.tensor([0, 1, 2, 3, 4, 5])),
+    ]
+    for c in bad:
+        with pytest.raises(RuntimeError):
+            torch.ops.fastac.cpu_inference(**arguments(c))
+        with pytest.raises(RuntimeError):
+            forward(c)
+
+
+def test_saved_tensors_of_wrong_shape_are_refused(native: Backend) -> None:
+    case = make_case(M=640, N=4)
+    dy, saved = case.dy(), forward(case)
+    for i in range(3):
+        for bad in (saved[i][:-1], saved[i][None], saved[i].double()):
+            changed = (*saved[:i], bad, *saved[i + 1 :])
+            with pytest.raises(RuntimeError):
+                backward(case, changed, dy)
+    for bad_dy in (dy[:-1], dy[..., :-1], dy[:, :-1], dy.double(), dy.flatten(1)):
+        with pytest.raises(RuntimeError):
+            backward(case, saved, bad_dy)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_lengths_are_clamped(native: Backend, weighting: str) -> None:
+    """Values are not checked by the operators: a length beyond L counts as L, a negative one as 0."""
+    case = make_case(weighting=weighting)
+    wild = case.replace(lengths=torch.tensor([2**40, -1, 23, 24, -(2**40)]))
+    tame = case.replace(lengths=torch.tensor([23, 0, 23, 23, 0]))
+    dy = case.dy()
+    for ours, expected in zip(forward(wild)[:2], forward(tame)[:2], strict=True):
+        assert torch.equal(ours, expected)
+    for ours, expected in zip(
+        backward(wild, forward(wild), dy), backward(tame, forward(tame), dy), strict=True
+    ):
+        assert torch.equal(ours, expected)
+    assert torch.equal(
+        torch.ops.fastac.cpu_inference(**arguments(wild)), torch.ops.fastac.cpu_inference(**arguments(tame))
+    )
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_wild_offsets_stay_in_bounds(native: Backend, weighting: str) -> None:
+    """Offsets out of range, or falling: some finite answer, no guard hit, no crash."""
+    case = pack(make_case(weighting=weighting), torch.full((5,), 20))
+    if case.position_bias is not None:
+        case = case.replace(position_bias=torch.randn(11, 100))
+    for offsets in (
+        [0, 20, 40, 60, 80, 2**40],
+        [-(2**40), 20, 40, 60, 80, 100],
+        [0, 50, 40, 30, 20, 10],
+        [100, 0] * 3,
+    ):
+        wild = case.replace(offsets=torch.tensor(offsets))
+        saved = forward(wild)
+        assert saved[0].isfinite().all()
+        for grad in backward(wild, saved):
+            assert grad.isfinite().all()
+        assert torch.ops.fastac.cpu_inference(**arguments(wild)).isfinite().all()
+
+
+def test_packed_sets_longer_than_the_position_bias(native: Backend) -> None:
+    """The longest set is data, so the operator cannot refuse it: it must not read past L_max either."""
+    case = pack(make_case(weighting="position_bias"), torch.full((5,), 20))
+    case = case.replace(position_bias=torch.randn(11, 6))
+    try:
+        saved = forward(case)
+        backward(case, saved)
+    except RuntimeError as error:
+        assert "position_bias" in str(error)
+
+
+def test_the_guard_sees_a_write_past_the_end(native: Backend) -> None:
+    """The control of every guarded test: one foreign byte beyond an output, or before it, is counted."""
+    for offset in ("end", "start"):
+        y = native(make_case())
+        nbytes = y.numel() * y.element_size()
+        address = y.data_ptr() + (nbytes if offset == "end" else -1)
+        before = ctypes.string_at(address, 1)[0]
+        ctypes.memset(address, before ^ 0xFF, 1)
+        assert torch.ops.fastac.cpu_guard(True) >= 1, offset
+        assert torch.ops.fastac.cpu_guard(True) == 0, "the call clears the list"
+
+
+def test_outputs_are_poisoned(native: Backend) -> None:
+    """A kernel that forgets an element hands out NaN: everything the operators return was written by them."""
+    for layout in LAYOUTS:
+        case = make_case(layout=layout, empty=True)
+        saved = forward(case)
+        y, stats, _ = saved  # saved scores are kept for valid positions only
+        for t in (y, stats[1:], *backward(case, saved)):
+            assert t.isfinite().all()
+        assert not stats[0].isnan().any()
