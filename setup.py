@@ -117,8 +117,9 @@ class BuildExt(build_ext):
 
         # A change of compiler, flags or torch makes other objects, it never mixes them with the old ones. The
         # names are relative to the project, so that the objects of a copied tree stay good.
-        version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=True).stdout
-        made_with = (cxx, version, flags, importlib.metadata.version("torch"))
+        said = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=True).stdout
+        version = said.split(maxsplit=1)[1]  # without the name: c++ and g++ are often one compiler
+        made_with = (version, cxx[1:], flags, importlib.metadata.version("torch"))
         key = hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]
         folder = Path("build", "objects", f"{platform.machine()}-{key}")
         objects = [folder / Path(source).relative_to("csrc").with_suffix(".o") for source in ext.sources]

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/plan.h"
 #include "guard.h"
 
 namespace fastac {
@@ -309,6 +310,21 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Optional& weight, co
   return {dx, dweight, like(dscores, scores), like(dbias, position_bias), like(dalpha, alpha), like(dbeta, beta)};
 }
 
+// What a call with these set lengths would be cut into, for fastac.explain: rows of x packed at a time, units and ranges of
+// sets of a forward task, segments that share a set, and the number of partial sums of dweight in a backward call.
+std::vector<int64_t> plan(const std::vector<int64_t>& lengths, int64_t units, int64_t features) {
+  STD_TORCH_CHECK(units >= 1 && features >= 1, "fastac: units and features must be at least 1");
+  int64_t rows = 0;
+  for (int64_t length : lengths) rows += length;
+  Sets sets{};
+  sets.count = int64_t(lengths.size());
+  sets.length = lengths.data();
+  sets.rows = rows;
+  const cpu::Plan forward = cpu::plan_forward(sets, units, features);
+  const cpu::Plan backward = cpu::plan_backward(sets, units, features, true);
+  return {forward.block_rows, forward.unit_block, int64_t(forward.tasks.size()), forward.partials, int64_t(backward.tasks.size())};
+}
+
 int64_t isa() { return cpu::current_isa(); }
 int64_t supported_isas() { return cpu::supported_isas(); }
 int64_t set_isa(int64_t isa) { return cpu::set_isa(isa); }
@@ -321,6 +337,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastac, m) {
   m.def("cpu_supported_isas() -> int");
   m.def("cpu_set_isa(int isa) -> int");
   m.def("cpu_guard(bool on) -> int");
+  m.def("cpu_plan(int[] lengths, int units, int features) -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastac, CompositeExplicitAutograd, m) {
@@ -328,6 +345,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastac, CompositeExplicitAutograd, m) {
   m.impl("cpu_supported_isas", TORCH_BOX(&fastac::supported_isas));
   m.impl("cpu_set_isa", TORCH_BOX(&fastac::set_isa));
   m.impl("cpu_guard", TORCH_BOX(&fastac::guard));
+  m.impl("cpu_plan", TORCH_BOX(&fastac::plan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastac, CPU, m) {

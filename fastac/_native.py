@@ -40,6 +40,23 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(ISA_NAMES) if mask >> i & 1)
 
 
-def plan(x: Tensor, units: int, offsets: Tensor | None) -> dict[str, object]:
-    """How the library would run a call on x with N units, by name, as far as it says so."""
-    return {"instruction set": isa(), "threads": torch.get_num_threads()} if available else {}
+def plan(lengths: list[int], units: int, features: int) -> dict[str, object]:
+    """How the library cuts up a call, by name; it depends on these arguments alone, never on the threads.
+
+    Args:
+        lengths: valid positions of every set.
+        units: N.
+        features: M.
+    """
+    if not available:
+        return {}
+    rows, unit_block, ranges, segments, chunks = torch.ops.fastac.cpu_plan(lengths, units, features)
+    return {
+        "instruction set": isa(),
+        "threads": torch.get_num_threads(),
+        "rows of x packed at a time": rows,
+        "units of a forward task": unit_block,
+        "ranges of sets, forward": ranges,
+        "segments of split sets": segments,
+        "partial sums, backward": chunks,
+    }

@@ -156,7 +156,7 @@ def check_eps(eps: float, double: bool) -> None:
     """eps: a finite number > 0 that does not vanish in the accumulation type."""
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not math.isfinite(eps) or eps <= 0:
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps must be finite and > 0, got {eps}")
     if eps < SMALLEST_EPS[double]:
         kind = "float64" if double else "float32"

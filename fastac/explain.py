@@ -62,14 +62,14 @@ def _scaled(value: float) -> str:
     return f"{value:.3g} T"
 
 
-def _positions(x: Tensor, lengths: Tensor | None, mask: Tensor | None, offsets: Tensor | None) -> int:
-    if lengths is not None:
-        return int(lengths.sum())
+def _set_lengths(x: Tensor, lengths: Tensor | None, mask: Tensor | None, offsets: Tensor | None) -> list[int]:
+    """Valid positions of every set."""
+    counts = lengths
     if mask is not None:
-        return int(mask.sum())
+        counts = mask.sum(-1)
     if offsets is not None:
-        return int(offsets[-1])
-    return x.size(0) * x.size(1)
+        counts = offsets.diff()
+    return [x.size(1)] * x.size(0) if counts is None else [int(n) for n in counts.tolist()]
 
 
 def _costs(
@@ -138,7 +138,8 @@ def explain(
     weighting = "fc1" if weight is not None else "average" if scores is None else "scores"
     b, n, m = ops.sizes(x, weight, scores, alpha, offsets)
     dtype = checks.computed_dtype(x)
-    positions = _positions(x, lengths, mask, offsets)
+    set_lengths = _set_lengths(x, lengths, mask, offsets)
+    positions = sum(set_lengths)
     forward, backward = _costs(
         weighting, positions, b, m, n, dtype.itemsize, ops.keeps_scores(x, weight, dtype), x.requires_grad
     )
@@ -164,5 +165,5 @@ def explain(
         backward=backward,
         input_grad=x.requires_grad,
         reasons=reasons,
-        plan=_native.plan(x, n, offsets) if chosen == "cpu" else {},
+        plan=_native.plan(set_lengths, n, m) if chosen == "cpu" else {},
     )

@@ -313,8 +313,12 @@ def term_sizes(case: Case, dy: Tensor | None) -> Results:
         sizes["dweight"] = torch.einsum("bnl,blm->nm", ds, x)
     sizes["dscores"] = ds
     sizes["dposition_bias"] = ds.sum(0)
-    sizes["dalpha"] = (du * z).sum((0, 2))
     sizes["dbeta"] = du.sum((0, 2))
+    sizes["dalpha"] = (du * z).sum((0, 2))
+    if case.alpha is not None and case.beta is not None:  # or through β, where |α| >= |β|
+        ratio = (case.beta / case.alpha).abs()
+        through_beta = torch.where(ratio <= 1, ratio * sizes["dbeta"], 0)
+        sizes["dalpha"] = torch.maximum(sizes["dalpha"], through_beta)
     return sizes
 
 
@@ -366,7 +370,10 @@ def sum_sizes(case: Case, dy: Tensor) -> Results:
     dbeta = du.square().sum((0, 2)).sqrt()
     direct = (du * (a @ x)).square().sum((0, 2)).sqrt()
     ratio = (case.beta / case.alpha).abs()
-    return {"dalpha": 2 * torch.where(ratio <= 1, torch.maximum(direct, ratio * dbeta), direct), "dbeta": 2 * dbeta}
+    return {
+        "dalpha": 2 * torch.where(ratio <= 1, torch.maximum(direct, ratio * dbeta), direct),
+        "dbeta": 2 * dbeta,
+    }
 
 
 # The bound

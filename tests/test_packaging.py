@@ -1,4 +1,4 @@
-"""What is shipped: the binary's symbols, the wheel used outside the tree, builds that must stop, the README."""
+"""What is shipped: the binary's symbols, the wheel outside the tree, builds that must stop, the README."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CXX = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++
 
 
 def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The finished process, whatever its status; the suite's own FASTAC_* and PYTHONPATH are not passed on."""
+    """The finished process, whatever its status; FASTAC_* and PYTHONPATH are not passed on."""
     inherited = {n: v for n, v in os.environ.items() if not n.startswith("FASTAC_") and n != "PYTHONPATH"}
     return subprocess.run(
         command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, check=False
@@ -35,9 +35,6 @@ def succeed(command: list[str], cwd: Path, **environment: str) -> str:
     done = run(command, cwd, **environment)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
-
-
-# --- the binary ---------------------------------------------------------------------------------------------
 
 
 def undefined_symbols(library: Path) -> list[str]:
@@ -111,12 +108,9 @@ def test_needed_libraries(library: Path) -> None:
     assert not re.search(r"\((RPATH|RUNPATH)\)", listing)
 
 
-# --- the wheel ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project without the library, but with the compiled objects, so that only links are repeated."""
+    """A copy of the project without the library, with the compiled objects, so that only links repeat."""
     copy = tmp_path_factory.mktemp("tree")
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy2(ROOT / name, copy)
@@ -261,9 +255,6 @@ def test_editable_install_maps_kernels(tree: Path, tmp_path: Path) -> None:
     assert where == [str(tree / "fastac" / "__init__.py"), str(tree / "kernels" / "__init__.py"), "True"]
 
 
-# --- builds -------------------------------------------------------------------------------------------------
-
-
 def test_rebuild_compiles_only_what_changed(tree: Path) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     succeed(command, tree)
@@ -279,7 +270,8 @@ def bare(tmp_path: Path) -> Path:
 
     folder = tmp_path / "bare"
     folder.mkdir()
-    (folder / "setuptools").symlink_to(Path(setuptools.__file__).parent)
+    for name in ("setuptools", "_distutils_hack"):
+        (folder / name).symlink_to(Path(setuptools.__file__).parent.parent / name)
     return folder
 
 
@@ -326,9 +318,6 @@ def test_build_without_a_compiler(tree: Path, tmp_path: Path, environment: dict[
 def test_a_switch_is_0_or_1(tree: Path, tmp_path: Path, name: str) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
     assert one_line(run(command, tree, **{name: "yes"})) == f"fastac: {name} must be 0 or 1, got 'yes'"
-
-
-# --- the README ---------------------------------------------------------------------------------------------
 
 
 def test_readme_opens_with_two_commands_and_ten_lines_that_run(tmp_path: Path) -> None:

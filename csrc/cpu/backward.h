@@ -182,7 +182,7 @@ class Backward {
       balanced(units_, kDotTile, [&](int64_t n0, int64_t p) { output_gradients(scratch, set, n0, p); });
     const bool whole = segment.partial < 0 && rows <= plan_.block_rows;
     // The same for every segment of a set, since only over all its positions dS sums to 0.
-    const A center = rows > 0 ? row_offset<T, A>(source(set).row(0), problem_.features, source(set).row(0)) : A(0);
+    const A center = rows > 0 ? row_offset<T, A>(source(set).row(0), problem_.features) : A(0);
     balanced(rows, plan_.block_rows, [&](int64_t start, int64_t count) {
       load_block(scratch, set, segment.begin + start, count);
       dot_products(scratch, set, count, start == 0);

@@ -16,6 +16,7 @@ const CpuKernels* find(int64_t isa) {
 #if defined(__x86_64__)
     case kAvx2: return &kAvx2Kernels;
     case kAvx512: return &kAvx512Kernels;
+    case kAvx512Bf16: return &kAvx512Bf16Kernels;
 #endif
     default: return nullptr;
   }
@@ -25,10 +26,12 @@ bool runs(int64_t isa) {
 #if defined(__x86_64__)
   switch (isa) {
     case kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && true;
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case kAvx512:
       return runs(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case kAvx512Bf16:
+      return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == kBaseline;

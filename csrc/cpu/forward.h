@@ -14,7 +14,9 @@ class Forward {
       : problem_(problem), out_(out), parallel_for_(parallel_for),
         plan_(cpu::plan_forward(problem.sets, problem.units, problem.features)),
         panels_(panel_count<A>(problem.features)), root_units_(std::sqrt(A(problem.units))),
-        stream_(streams<T>(out.y, problem.features, problem.sets.count * problem.units * problem.features * int64_t(sizeof(T)))) {}
+        stream_(streams<T>(out.y, problem.features, problem.sets.count * problem.units * problem.features * int64_t(sizeof(T)))) {
+    for (int64_t m = 0; m < kPanel<A>; ++m) last_panel_[m] = (panels_ - 1) * kPanel<A> + m < problem.features ? A(1) : A(0);
+  }
 
   void run() {
     pack_weight();
@@ -211,9 +213,8 @@ class Forward {
     for (int64_t p = 0; p < panels_; ++p) {
       scratch.prefetch.step();
       Tile<A, Rows, kTileVectors> tile;
-      FASTAC_UNROLL for (int i = 0; i < Rows; ++i) FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) tile.acc[i][v] =
-          broadcast<A>(scratch.shift[n0 + i]);
-      if ((p + 1) * kPanel<A> > problem_.features) clear_padding<Rows>(tile);
+      tile.fill_rows(scratch.shift + n0);
+      if ((p + 1) * kPanel<A> > problem_.features) tile.scale_columns(last_panel_);
       tile.template multiply_add<1>(scratch.scores + n0, stride, scratch.panels + p * rows * kPanel<A>, kPanel<A>, rows);
       if (shift) {
         FASTAC_UNROLL for (int i = 0; i < Rows; ++i) FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v)
@@ -236,16 +237,6 @@ class Forward {
       pending.factor[i] = output_factor(norm);
       if (A* stats = norm_of(set, unit + i)) *stats = norm;
     }
-  }
-
-  // The shift must not reach the columns beyond M, where it would count in the norm.
-  template <int Rows>
-  void clear_padding(Tile<A, Rows, kTileVectors>& tile) const {
-    const int64_t valid = problem_.features - (panels_ - 1) * kPanel<A>;
-    A keep[kPanel<A>];
-    for (int64_t m = 0; m < kPanel<A>; ++m) keep[m] = m < valid ? A(1) : A(0);
-    for (int i = 0; i < Rows; ++i)
-      for (int v = 0; v < kTileVectors; ++v) tile.acc[i][v] *= load_vector(keep + v * kLanes<A>);
   }
 
   inline __attribute__((always_inline)) void write_pending(const Pending& pending, int64_t p) const {
@@ -283,7 +274,7 @@ class Forward {
     for (int64_t p = 0; p < panels_; ++p) {
       Tile<A, 1, kTileVectors> tile;
       tile.fill(shift);
-      if ((p + 1) * kPanel<A> > problem_.features) clear_padding<1>(tile);
+      if ((p + 1) * kPanel<A> > problem_.features) tile.scale_columns(last_panel_);
       FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
         tile.acc[0][v] += load_vector(sums + p * step + v * kLanes<A>) * scale;
         squares += tile.acc[0][v] * tile.acc[0][v];
@@ -354,6 +345,7 @@ class Forward {
   const int64_t panels_;
   const A root_units_;
   const bool stream_;
+  A last_panel_[kPanel<A>];  // 1 for columns of the last panel before M, 0 beyond: the shift must not count in the norm
   cpu::Buffer packed_weight_, workspace_;
   const A* weight_ = nullptr;
   const A* weight_sums_ = nullptr;

@@ -5,13 +5,14 @@
 
 namespace fastac::cpu {
 
-enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
-constexpr int kIsaCount = 3;
+enum Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+constexpr int kIsaCount = 4;
 
 extern const CpuKernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
+extern const CpuKernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace fastac::cpu

@@ -16,59 +16,89 @@ inline int64_t panel_count(int64_t features) {
   return (features + kPanel<A> - 1) / kPanel<A>;
 }
 
-// The offset taken off a row: its mean where that dominates the row, else 0, so that ordinary rows stay exact.
-// Meanwhile the row `ahead` is fetched: the processor's own prefetching stops at every page.
-template <typename T, typename A>
-inline A row_offset(const T* row, int64_t features, const T* ahead) {
-  Vec<A> sum[2] = {}, squares[2] = {};
-  int64_t m = 0;
-  for (; m + 2 * kLanes<A> <= features; m += 2 * kLanes<A>) {
-    __builtin_prefetch(ahead + m, 0, 2);
-    __builtin_prefetch(ahead + m + kLanes<A>, 0, 2);
-    for (int v = 0; v < 2; ++v) {
-      Vec<A> x = Storage<T>::load(row + m + v * kLanes<A>);
-      sum[v] += x;
-      squares[v] += x * x;
+// Sum and sum of squares of a row, in four chains each.
+template <typename A>
+struct RowSums {
+  Vec<A> sum[4] = {}, squares[4] = {};
+
+  template <int Chain>
+  inline __attribute__((always_inline)) void add(Vec<A> x) {
+    sum[Chain] += x;
+    squares[Chain] += x * x;
+  }
+
+  // The offset taken off a row: its mean where that dominates the row, else 0, so that ordinary rows stay exact.
+  A offset(int64_t features) const {
+    Vec<A> both[2] = {(sum[0] + sum[1]) + (sum[2] + sum[3]), (squares[0] + squares[1]) + (squares[2] + squares[3])};
+    A total[2];
+    fold_all<A, 2>(both, total);
+    const A mean = total[0] / A(features);
+    return total[0] * mean > A(0.5) * total[1] && std::isfinite(mean) ? mean : A(0);
+  }
+};
+
+// Takes `mean` off one row of the panels, leaving the columns beyond M at zero.
+template <typename A>
+inline void subtract(A* row, int64_t step, int64_t features, A mean) {
+  for (int64_t m = 0; m < features; m += kPanel<A>, row += step)
+    for (int v = 0; v < kTileVectors; ++v) {
+      A keep[kLanes<A>];
+      for (int64_t i = 0; i < kLanes<A>; ++i) keep[i] = m + v * kLanes<A> + i < features ? mean : A(0);
+      store_vector(row + v * kLanes<A>, load_vector(row + v * kLanes<A>) - load_vector(keep));
     }
-  }
-  for (; m < features; m += kLanes<A>) {
-    Vec<A> x = load_partial(row + m, std::min(kLanes<A>, features - m));
-    sum[0] += x;
-    squares[0] += x * x;
-  }
-  const A total = horizontal_sum<A>(sum[0] + sum[1]);
-  const A mean = total / A(features);
-  const bool dominates = total * mean > A(0.5) * horizontal_sum<A>(squares[0] + squares[1]);
-  return dominates && std::isfinite(mean) ? mean : A(0);
 }
 
-// panels[p][r][:] = x[rows begin + r] - offset[r], for r < count.
 constexpr int64_t kRowsAhead = 3;
 
+// panels[p][r][:] = x[begin + r] - offset[r] for r < count. Meanwhile a row ahead is fetched: the processor's own
+// prefetching stops at every page.
 template <typename T, typename A>
 inline void pack_rows(const RowSource<T>& source, int64_t begin, int64_t count, int64_t features, A* panels, A* offset) {
-  const int64_t last = begin + count - 1;
-  const int64_t full = features / kPanel<A>, tail = features - full * kPanel<A>;
+  static_assert(kTileVectors == 2, "a panel is two vectors");
+  const int64_t full = features / kPanel<A>, step = count * kPanel<A>, last = begin + count - 1;
   for (int64_t r = 0; r < count; ++r) {
     const T* row = source.row(begin + r);
-    const A mean = row_offset<T, A>(row, features, source.row(std::min(begin + r + kRowsAhead, last)));
-    offset[r] = mean;
+    const T* ahead = source.row(std::min(begin + r + kRowsAhead, last));
     A* out = panels + r * kPanel<A>;
-    for (int64_t p = 0; p < full; ++p, out += count * kPanel<A>)
-      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v)
-          store_vector(out + v * kLanes<A>, Storage<T>::load(row + p * kPanel<A> + v * kLanes<A>) - mean);
-    if (tail == 0) continue;
-    for (int v = 0; v < kTileVectors; ++v) {
-      const int64_t left = std::min(kLanes<A>, tail - v * kLanes<A>);
-      Vec<A> value = {};
-      if (left > 0) {
-        A keep[kLanes<A>];
-        for (int64_t i = 0; i < kLanes<A>; ++i) keep[i] = i < left ? mean : A(0);
-        value = load_partial(row + full * kPanel<A> + v * kLanes<A>, left) - load_vector(keep);
-      }
-      store_vector(out + v * kLanes<A>, value);
+    RowSums<A> sums;
+    auto copy = [&](int64_t p, auto chain) {
+      const T* from = row + p * kPanel<A>;
+      const Vec<A> low = Storage<T>::load(from), high = Storage<T>::load(from + kLanes<A>);
+      __builtin_prefetch(ahead + p * kPanel<A>, 0, 2);
+      if constexpr (sizeof(T) * kPanel<A> > 64) __builtin_prefetch(ahead + p * kPanel<A> + kLanes<A>, 0, 2);
+      sums.template add<chain>(low);
+      sums.template add<chain + 1>(high);
+      store_vector(out + p * step, low);
+      store_vector(out + p * step + kLanes<A>, high);
+    };
+    int64_t p = 0;
+    for (; p + 2 <= full; p += 2) {
+      copy(p, std::integral_constant<int, 0>{});
+      copy(p + 1, std::integral_constant<int, 2>{});
     }
+    if (p < full) copy(p, std::integral_constant<int, 0>{});
+    const int64_t tail = features - full * kPanel<A>;
+    if (tail > 0)
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t left = std::min(kLanes<A>, tail - v * kLanes<A>);
+        const Vec<A> value = left > 0 ? load_partial(row + full * kPanel<A> + v * kLanes<A>, left) : Vec<A>{};
+        sums.template add<0>(value);
+        store_vector(out + full * step + v * kLanes<A>, value);
+      }
+    const A mean = offset[r] = sums.offset(features);
+    if (mean != 0) subtract(out, step, features, mean);
   }
+}
+
+// The offset of one row, without packing it.
+template <typename T, typename A>
+inline A row_offset(const T* row, int64_t features) {
+  RowSums<A> sums;
+  for (int64_t m = 0; m < features; m += kLanes<A>) {
+    const int64_t left = std::min(kLanes<A>, features - m);
+    sums.template add<0>(left == kLanes<A> ? Storage<T>::load(row + m) : load_partial(row + m, left));
+  }
+  return sums.offset(features);
 }
 
 // Without the offset: weight and other parameters.

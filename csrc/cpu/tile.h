@@ -20,6 +20,17 @@ struct Tile {
         broadcast<A>(value);
   }
 
+  inline __attribute__((always_inline)) void fill_rows(const A* value) {
+    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] =
+        broadcast<A>(value[r]);
+  }
+  inline __attribute__((always_inline)) void scale_columns(const A* factor) {
+    FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) {
+      const Vec<A> f = load_vector(factor + v * kLanes<A>);
+      FASTAC_UNROLL for (int r = 0; r < Rows; ++r) acc[r][v] *= f;
+    }
+  }
+
   // Rows of one panel, kPanel apart.
   inline __attribute__((always_inline)) void load(const A* from) {
     FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] =

@@ -60,6 +60,13 @@ inline Vec<float> widen(HalfVecU16 bits, BFloat16) {
 }
 
 inline HalfVecU16 narrow(Vec<float> value, BFloat16) {
+#if defined(FASTAC_BFLOAT16_ROUNDING)
+  // The instruction takes subnormal numbers for zero; a vector that holds any goes the long way.
+  const VecU32 exponent = (VecU32)value & 0x7f800000u, fraction = (VecU32)value & 0x007fffffu;
+  const __mmask16 subnormal = _mm512_cmpeq_epi32_mask((__m512i)exponent, _mm512_setzero_si512()) &
+                              _mm512_test_epi32_mask((__m512i)fraction, (__m512i)fraction);
+  if (__builtin_expect(subnormal == 0, 1)) return (HalfVecU16)_mm512_cvtneps_pbh((__m512)value);
+#endif
   VecU32 u = (VecU32)value;
   VecU32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
   VecU32 nan = (u >> 16) | 0x40u;
@@ -69,15 +76,22 @@ inline HalfVecU16 narrow(Vec<float> value, BFloat16) {
 
 // binary16 by rescaling: the exponent fields differ by 112, and the product renormalises what was subnormal.
 inline Vec<float> widen(HalfVecU16 bits, Float16) {
+#if FASTAC_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
+#else
   VecU32 h = __builtin_convertvector(bits, VecU32);
   VecU32 magnitude = (h & 0x7fffu) << 13;
   Vec<float> value = (Vec<float>)magnitude * 0x1p112f;
   VecI32 special = (VecI32)(magnitude >= (0x7c00u << 13));
   VecU32 u = special ? (magnitude | 0x7f800000u) : (VecU32)value;
   return (Vec<float>)(u | ((h & 0x8000u) << 16));
+#endif
 }
 
 inline HalfVecU16 narrow(Vec<float> value, Float16) {
+#if FASTAC_VECTOR_BYTES == 64
+  return (HalfVecU16)_mm512_maskz_cvtps_ph(0xffff, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#else
   VecU32 u = (VecU32)value;
   VecU32 sign = (u >> 16) & 0x8000u;
   VecU32 magnitude = u & 0x7fffffffu;
@@ -92,6 +106,7 @@ inline HalfVecU16 narrow(Vec<float> value, Float16) {
   h = is_over ? overflow : h;
   h = is_nan ? broadcast_u32(0x7e00u) : h;
   return __builtin_convertvector(h | sign, HalfVecU16);
+#endif
 }
 
 template <typename T>
