@@ -91,13 +91,15 @@ sanitize: build
 	@echo "== building $(SANITIZED)/fastac"
 	@CXX="$(CXX)" FASTAC_SANITIZE=1 $(PY) setup.py --quiet build --build-lib $(SANITIZED)
 	@nm -D $(SANITIZED)/$(LIBRARY) | grep -q __asan_init || { echo "the library is not instrumented"; exit 1; }
-	@echo "== tests under the sanitizers"
-	@cd $(SANITIZED) && PYTHONPATH="$(CURDIR)/$(SANITIZED)" \
+	@echo "== tests under the sanitizers (a quarter of an hour)"
+	@cd $(SANITIZED) && export PYTHONPATH="$(CURDIR)/$(SANITIZED)" \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
+		$(CURDIR)/$(PY) -c 'import fastac._native as n; print(n.PATH); assert n.available, n.why_not' | \
+			grep -F $(SANITIZED) && \
 		$(CURDIR)/$(VENV)/bin/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR) -m "not full" \
 		-p no:cacheprovider $(addprefix --ignore=$(CURDIR)/tests/,test_compile.py test_packaging.py \
-		test_import.py test_demo.py test_data.py) $(CURDIR)/tests
+		test_import.py test_demo.py test_data.py) $(SANITIZE_ARGS) $(CURDIR)/tests
 
 cross: $(VENV)/.torch
 	@command -v $(CROSS_CXX) >/dev/null || { echo "$(CROSS_CXX) is not installed"; exit 1; }

@@ -55,6 +55,7 @@ class Backward {
       by_unit_ds = arena.take<A>(b.stride_ * row_stride);
       offset = arena.take<A>(rows);
       tile = arena.take<A>(kTileRows * kPanel<A>);
+      dots = arena.take<A>(dot_sums<A>(rows));
       du_sum = arena.take<A>(b.stride_);
       du_u = arena.take<A>(b.stride_);
       dalpha = arena.take<A>(b.stride_);
@@ -74,6 +75,7 @@ class Backward {
     A* by_unit_weights;  // [N][row_stride]: `weights` transposed
     A* by_unit_ds;       // [N][row_stride]: `ds` transposed
     A* tile;
+    A* dots;
     A* du_sum;     // (stride): dU . 1
     A* du_u;       // (stride): dU . u, 0 unless the norm was below eps or there is no shift
     A* dalpha;     // (stride): sum_l a_l (dU . x_l)
@@ -307,12 +309,11 @@ class Backward {
         scratch.next_dy.start(dy, std::max<int64_t>(end - begin, 0), row_tiles);
       }
       if (!needs_dot()) return;
-      balanced(rows, kDotTile, [&](int64_t r0, int64_t q) {
-        scratch.next_y.step();
-        scratch.next_dy.step();
-        dot_kernel<A>(p, q)(scratch.du + n0 * kPanel<A>, units_ * kPanel<A>, scratch.panels + r0 * kPanel<A>,
-                            rows * kPanel<A>, panels_, scratch.ds + r0 * stride_ + n0, stride_);
-      });
+      dot_rows<A>(scratch.du + n0 * kPanel<A>, units_ * kPanel<A>, p, scratch.panels, rows, panels_, scratch.dots,
+                  scratch.ds + n0, stride_, [&] {
+                    scratch.next_y.step();
+                    scratch.next_dy.step();
+                  });
     });
   }
 

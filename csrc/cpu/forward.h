@@ -41,9 +41,10 @@ class Forward {
 
  private:
   // Rows of u whose norm is known: they are scaled and written to y while the next rows are computed.
+  // They leave row by row, since one stream of stores is what a processor prefetches best.
   struct Pending {
     A* rows = nullptr;
-    int64_t count = 0;
+    int64_t count = 0, row = 0, panel = 0;
     T* y = nullptr;
     A factor[kTileRows];
   };
@@ -220,7 +221,7 @@ class Forward {
         FASTAC_UNROLL for (int i = 0; i < Rows; ++i) FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v)
             squares[i] += tile.acc[i][v] * tile.acc[i][v];
         tile.store(u + p * Rows * kPanel<A>);
-        write_pending(pending, p);
+        write_pending(pending, kTileRows);
       } else {
         T* y = y_row(set, unit);
         for (int i = 0; i < Rows; ++i) store_panel<T, A>(y + i * problem_.features, p, problem_.features, tile.acc[i], stream_);
@@ -229,6 +230,7 @@ class Forward {
     if (!shift) return;
     pending.rows = u;
     pending.count = Rows;
+    pending.row = pending.panel = 0;
     pending.y = y_row(set, unit);
     A squared_norm[Rows];
     fold_all<A, Rows>(squares, squared_norm);
@@ -239,22 +241,28 @@ class Forward {
     }
   }
 
-  inline __attribute__((always_inline)) void write_pending(const Pending& pending, int64_t p) const {
-    const int64_t features = problem_.features, count = pending.count;
-    const A* row = pending.rows + p * count * kPanel<A>;
-    T* y = pending.y;
-    const bool stream = stream_;
-    for (int64_t i = 0; i < count; ++i, row += kPanel<A>, y += features) {
-      Vec<A> value[kTileVectors];
-      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(row + v * kLanes<A>) * pending.factor[i];
-      store_panel<T, A>(y, p, features, value, stream);
+  // Writes the next `count` panels.
+  inline __attribute__((always_inline)) void write_pending(Pending& pending, int64_t count) const {
+    while (count > 0 && pending.row < pending.count) {
+      const int64_t first = pending.panel, run = std::min(count, panels_ - first), step = pending.count * kPanel<A>;
+      const A* from = pending.rows + first * step + pending.row * kPanel<A>;
+      const Vec<A> factor = broadcast(pending.factor[pending.row]);
+      for (int64_t p = first; p < first + run; ++p, from += step) {
+        Vec<A> value[kTileVectors];
+        FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(from + v * kLanes<A>) * factor;
+        store_panel<T, A>(pending.y, p, problem_.features, value, stream_);
+      }
+      count -= run;
+      pending.panel += run;
+      if (pending.panel == panels_) {
+        pending.panel = 0;
+        ++pending.row;
+        pending.y += problem_.features;
+      }
     }
   }
 
-  void flush(Pending& pending) const {
-    for (int64_t p = 0; p < panels_; ++p) write_pending(pending, p);
-    pending.count = 0;
-  }
+  void flush(Pending& pending) const { write_pending(pending, pending.count * panels_); }
 
   // sums = sums * scale + exp(s - max) d, over one block of a long set.
   void accumulate(Scratch& scratch, int64_t rows, int64_t units) const {

@@ -54,7 +54,6 @@ constexpr int64_t kRowsAhead = 3;
 // prefetching stops at every page.
 template <typename T, typename A>
 inline void pack_rows(const RowSource<T>& source, int64_t begin, int64_t count, int64_t features, A* panels, A* offset) {
-  static_assert(kTileVectors == 2, "a panel is two vectors");
   const int64_t full = features / kPanel<A>, step = count * kPanel<A>, last = begin + count - 1;
   for (int64_t r = 0; r < count; ++r) {
     const T* row = source.row(begin + r);
@@ -63,18 +62,18 @@ inline void pack_rows(const RowSource<T>& source, int64_t begin, int64_t count, 
     RowSums<A> sums;
     auto copy = [&](int64_t p, auto chain) {
       const T* from = row + p * kPanel<A>;
-      const Vec<A> low = Storage<T>::load(from), high = Storage<T>::load(from + kLanes<A>);
-      __builtin_prefetch(ahead + p * kPanel<A>, 0, 2);
-      if constexpr (sizeof(T) * kPanel<A> > 64) __builtin_prefetch(ahead + p * kPanel<A> + kLanes<A>, 0, 2);
-      sums.template add<chain>(low);
-      sums.template add<chain + 1>(high);
-      store_vector(out + p * step, low);
-      store_vector(out + p * step + kLanes<A>, high);
+      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+        const Vec<A> x = Storage<T>::load(from + v * kLanes<A>);
+        __builtin_prefetch(ahead + p * kPanel<A> + v * kLanes<A>, 0, 2);
+        sums.sum[(chain + v) % 4] += x;
+        sums.squares[(chain + v) % 4] += x * x;
+        store_vector(out + p * step + v * kLanes<A>, x);
+      }
     };
     int64_t p = 0;
     for (; p + 2 <= full; p += 2) {
       copy(p, std::integral_constant<int, 0>{});
-      copy(p + 1, std::integral_constant<int, 2>{});
+      copy(p + 1, std::integral_constant<int, kTileVectors>{});
     }
     if (p < full) copy(p, std::integral_constant<int, 0>{});
     const int64_t tail = features - full * kPanel<A>;

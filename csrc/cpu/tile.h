@@ -167,11 +167,15 @@ inline void transpose(const A* in, int64_t in_stride, int64_t rows, int64_t colu
     }
 }
 
-// out[j * out_stride + i] = sum_m p[i, m] * q[j, m], i < P, j < Q, both in panel form.
+// acc[i * Q + j] += lane sums of p[i, m] * q[j, m] over `panels` panels, i < P, j < Q; from zero if `first`.
 template <typename A, int P, int Q>
-void dot_tile(const A* p, int64_t p_panel, const A* q, int64_t q_panel, int64_t panels, A* out, int64_t out_stride) {
+void dot_tile(const A* p, int64_t p_panel, const A* q, int64_t q_panel, int64_t panels, A* sums, bool first) {
   Vec<A> acc[P * Q];
-  FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = Vec<A>{};
+  if (first) {
+    FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = Vec<A>{};
+  } else {
+    FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = load_vector(sums + i * kLanes<A>);
+  }
   for (int64_t panel = 0; panel < panels; ++panel) {
     FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
       Vec<A> b[Q];
@@ -184,21 +188,63 @@ void dot_tile(const A* p, int64_t p_panel, const A* q, int64_t q_panel, int64_t 
     p += p_panel;
     q += q_panel;
   }
-  A sums[P * Q];
-  fold_all<A, P * Q>(acc, sums);
-  FASTAC_UNROLL for (int i = 0; i < P; ++i) FASTAC_UNROLL for (int j = 0; j < Q; ++j) out[j * out_stride + i] = sums[i * Q + j];
+  FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) store_vector(sums + i * kLanes<A>, acc[i]);
+}
+
+// out[j * out_stride + i] = the sum of the lanes of acc[i * Q + j].
+template <typename A, int P, int Q>
+void dot_finish(const A* sums, A* out, int64_t out_stride) {
+  Vec<A> acc[P * Q];
+  FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = load_vector(sums + i * kLanes<A>);
+  A folded[P * Q];
+  fold_all<A, P * Q>(acc, folded);
+  FASTAC_UNROLL for (int i = 0; i < P; ++i) FASTAC_UNROLL for (int j = 0; j < Q; ++j) out[j * out_stride + i] = folded[i * Q + j];
 }
 
 template <typename A>
-using DotKernel = void (*)(const A*, int64_t, const A*, int64_t, int64_t, A*, int64_t);
+struct DotKernel {
+  void (*accumulate)(const A*, int64_t, const A*, int64_t, int64_t, A*, bool);
+  void (*finish)(const A*, A*, int64_t);
+};
 template <typename A, int... Index>
 constexpr std::array<DotKernel<A>, sizeof...(Index)> dot_kernels(std::integer_sequence<int, Index...>) {
-  return {&dot_tile<A, Index / kDotTile + 1, Index % kDotTile + 1>...};
+  return {DotKernel<A>{&dot_tile<A, Index / kDotTile + 1, Index % kDotTile + 1>,
+                       &dot_finish<A, Index / kDotTile + 1, Index % kDotTile + 1>}...};
 }
 template <typename A>
-inline DotKernel<A> dot_kernel(int64_t p, int64_t q) {
+inline const DotKernel<A>& dot_kernel(int64_t p, int64_t q) {
   static constexpr auto kTable = dot_kernels<A>(std::make_integer_sequence<int, kDotTile * kDotTile>{});
   return kTable[(p - 1) * kDotTile + q - 1];
+}
+
+// Bytes of one operand's rows that a dot tile runs over before it moves on: two such operands fit a first-level cache.
+constexpr int64_t kDotBytes = 16 << 10;
+
+// out[j * out_stride + i] = sum_m p[i, m] * q[j, m] for i < count <= kDotTile and j < rows. `sums` holds
+// dot_sums(rows) numbers; `between` is called once per tile.
+template <typename A, typename F>
+inline void dot_rows(const A* p, int64_t p_panel, int64_t count, const A* q, int64_t rows, int64_t panels, A* sums, A* out,
+                     int64_t out_stride, F&& between) {
+  const int64_t run = std::max<int64_t>(1, kDotBytes / (kDotTile * kPanel<A> * int64_t(sizeof(A))));
+  const int64_t q_panel = rows * kPanel<A>;
+  balanced(panels, run, [&](int64_t first, int64_t length) {
+    A* tile = sums;
+    balanced(rows, kDotTile, [&](int64_t r0, int64_t n) {
+      between();
+      dot_kernel<A>(count, n).accumulate(p + first * p_panel, p_panel, q + first * q_panel + r0 * kPanel<A>, q_panel, length,
+                                         tile, first == 0);
+      tile += kDotTile * kDotTile * kLanes<A>;
+    });
+  });
+  const A* tile = sums;
+  balanced(rows, kDotTile, [&](int64_t r0, int64_t n) {
+    dot_kernel<A>(count, n).finish(tile, out + r0 * out_stride, out_stride);
+    tile += kDotTile * kDotTile * kLanes<A>;
+  });
+}
+template <typename A>
+inline int64_t dot_sums(int64_t rows) {
+  return (rows + kDotTile - 1) / kDotTile * kDotTile * kDotTile * kLanes<A>;
 }
 
 // Panel tiles: `Rows` consecutive rows of one panel in memory, out[r, :] = scale[r] * out[r, :] + sum_k row[k * row_step + r]
