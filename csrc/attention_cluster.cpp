@@ -1,5 +1,6 @@
-// The operators on CPU tensors: checks, allocation, and the translation from tensors to fastac::Problem. The schemas are
-// defined in fastac/ops.py; through libtorch's stable ABI this file serves every torch from 2.10 on.
+// The operators on CPU tensors: checks, allocation, and the translation from tensors to fastac::Problem. The
+// schemas are defined in fastac/ops.py; through libtorch's stable ABI this file serves every torch from 2.10
+// on.
 
 #include "attention_cluster.h"
 
@@ -38,7 +39,9 @@ Tensor allocate_like(const Tensor& t) {
   return fastac::allocate(sizes.data(), int64_t(sizes.size()), t.scalar_type());
 }
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 // Small parameters reach the kernels contiguous and in the accumulator type.
 Optional parameter(const Optional& t, ScalarType acc) {
@@ -46,7 +49,9 @@ Optional parameter(const Optional& t, ScalarType acc) {
   return dense(t->scalar_type() == acc ? *t : torch::stable::to(*t, acc));
 }
 
-const void* data(const Optional& t) { return t ? t->const_data_ptr() : nullptr; }
+const void* data(const Optional& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
 
 DType storage(ScalarType dtype) {
   switch (dtype) {
@@ -54,7 +59,9 @@ DType storage(ScalarType dtype) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "x must be float64, float32, bfloat16 or float16"); return DType::kFloat32;
+    default:
+      STD_TORCH_CHECK(false, "x must be float64, float32, bfloat16 or float16");
+      return DType::kFloat32;
   }
 }
 
@@ -69,15 +76,18 @@ void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_
 class Call {
  public:
   Call(const Tensor& x, const Optional& weight, const Optional& scores, const Optional& position_bias,
-       const Optional& alpha, const Optional& beta, const Optional& lengths, const Optional& mask, const Optional& offsets,
-       double eps)
-      : packed_(offsets.has_value()), dtype_(x.scalar_type()),
+       const Optional& alpha, const Optional& beta, const Optional& lengths, const Optional& mask,
+       const Optional& offsets, double eps)
+      : packed_(offsets.has_value()),
+        dtype_(x.scalar_type()),
         acc_(dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
-    STD_TORCH_CHECK(x.is_cpu() && x.dim() == (packed_ ? 2 : 3), "fastac: x must be a CPU tensor (B, L, M), or (T, M) with offsets");
+    STD_TORCH_CHECK(x.is_cpu() && x.dim() == (packed_ ? 2 : 3),
+                    "fastac: x must be a CPU tensor (B, L, M), or (T, M) with offsets");
     STD_TORCH_CHECK(!(weight && scores), "fastac: at most one of weight and scores may be given");
     STD_TORCH_CHECK(int(lengths.has_value()) + int(mask.has_value()) + int(packed_) <= 1,
                     "fastac: at most one of lengths, mask and offsets may be given");
-    STD_TORCH_CHECK(alpha.has_value() == beta.has_value(), "fastac: alpha and beta must both be given or neither");
+    STD_TORCH_CHECK(alpha.has_value() == beta.has_value(),
+                    "fastac: alpha and beta must both be given or neither");
     STD_TORCH_CHECK(eps > 0 && std::isfinite(eps), "fastac: eps must be positive and finite");
     problem.dtype = storage(dtype_);
     problem.features = x.size(packed_ ? 1 : 2);
@@ -85,9 +95,13 @@ class Call {
     problem.packed = packed_;
     problem.shift = alpha.has_value();
     problem.has_scores = weight || scores;
-    problem.units = weight ? weight->size(0) : scores ? scores->size(packed_ ? 0 : 1) : alpha ? alpha->numel() : 1;
+    problem.units = weight   ? weight->size(0)
+                    : scores ? scores->size(packed_ ? 0 : 1)
+                    : alpha  ? alpha->numel()
+                             : 1;
     STD_TORCH_CHECK(problem.features >= 1 && problem.units >= 1, "fastac: M and N must be at least 1");
-    STD_TORCH_CHECK(!scores || scores->dim() == (packed_ ? 2 : 3), "fastac: scores must have as many dimensions as x");
+    STD_TORCH_CHECK(!scores || scores->dim() == (packed_ ? 2 : 3),
+                    "fastac: scores must have as many dimensions as x");
     if (packed_)
       packed_sets(*offsets, x.size(0));
     else
@@ -120,7 +134,8 @@ class Call {
                       "fastac: position_bias must have shape (N, L_max)");
       problem.max_length = position_bias->size(1);
       for (int64_t b = 0; b < batch; ++b)
-        STD_TORCH_CHECK(problem.sets.extent[b] <= problem.max_length, "fastac: a set is longer than position_bias");
+        STD_TORCH_CHECK(problem.sets.extent[b] <= problem.max_length,
+                        "fastac: a set is longer than position_bias");
     }
     if (alpha) {
       check_shape("alpha", *alpha, {units});
@@ -136,7 +151,9 @@ class Call {
     problem.beta = data(beta_);
   }
 
-  Tensor allocate_output() const { return allocate({problem.sets.count, problem.units, problem.features}, dtype_); }
+  Tensor allocate_output() const {
+    return allocate({problem.sets.count, problem.units, problem.features}, dtype_);
+  }
   ScalarType acc() const { return acc_; }
   bool packed() const { return packed_; }
 
@@ -187,7 +204,8 @@ class Call {
   }
 
   void packed_sets(const Tensor& offsets, int64_t rows) {
-    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_cpu() && offsets.scalar_type() == ScalarType::Long,
+    STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) >= 1 && offsets.is_cpu() &&
+                        offsets.scalar_type() == ScalarType::Long,
                     "fastac: offsets must be an int64 CPU tensor of shape (B + 1,)");
     const int64_t batch = offsets.size(0) - 1;
     make_sets(batch, rows);
@@ -209,11 +227,13 @@ class Call {
   std::vector<int64_t> index_, position_;
 };
 
-Tensor empty_output(ScalarType dtype) { return torch::stable::empty({0}, dtype); }
+Tensor empty_output(ScalarType dtype) {
+  return torch::stable::empty({0}, dtype);
+}
 
-Tensor inference(const Tensor& x, const Optional& weight, const Optional& scores, const Optional& position_bias,
-                 const Optional& alpha, const Optional& beta, const Optional& lengths, const Optional& mask,
-                 const Optional& offsets, double eps) {
+Tensor inference(const Tensor& x, const Optional& weight, const Optional& scores,
+                 const Optional& position_bias, const Optional& alpha, const Optional& beta,
+                 const Optional& lengths, const Optional& mask, const Optional& offsets, double eps) {
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps);
   Tensor y = call.allocate_output();
   const ForwardOutputs out{y.mutable_data_ptr(), nullptr, nullptr};
@@ -222,9 +242,10 @@ Tensor inference(const Tensor& x, const Optional& weight, const Optional& scores
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Optional& weight, const Optional& scores,
-                                           const Optional& position_bias, const Optional& alpha, const Optional& beta,
-                                           const Optional& lengths, const Optional& mask, const Optional& offsets,
-                                           double eps, bool save_scores) {
+                                           const Optional& position_bias, const Optional& alpha,
+                                           const Optional& beta, const Optional& lengths,
+                                           const Optional& mask, const Optional& offsets, double eps,
+                                           bool save_scores) {
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps);
   const Problem& problem = call.problem;
   const bool save = save_scores && weight;
@@ -233,10 +254,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Optional& weig
   Tensor saved = !save           ? empty_output(call.acc())
                  : call.packed() ? allocate({problem.sets.rows, problem.units}, call.acc())
                                  : allocate({x.size(0), x.size(1), problem.units}, call.acc());
-  // What the kernels leave alone is defined all the same: norms without a shift, scores of excluded positions.
+  // What the kernels leave alone is defined all the same: norms without a shift, scores of excluded
+  // positions.
   if (!problem.shift) std::memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * stats.element_size());
-  if (save && (lengths || mask || offsets)) std::memset(saved.mutable_data_ptr(), 0, size_t(saved.numel()) * saved.element_size());
-  const ForwardOutputs out{y.mutable_data_ptr(), stats.mutable_data_ptr(), save ? saved.mutable_data_ptr() : nullptr};
+  if (save && (lengths || mask || offsets))
+    std::memset(saved.mutable_data_ptr(), 0, size_t(saved.numel()) * saved.element_size());
+  const ForwardOutputs out{y.mutable_data_ptr(), stats.mutable_data_ptr(),
+                           save ? saved.mutable_data_ptr() : nullptr};
   cpu::kernels().forward(problem, out, parallel_for);
   return {y, stats, saved};
 }
@@ -249,14 +273,16 @@ Tensor zeros(const Tensor& like, ScalarType acc) {
   return t;
 }
 
-Tensor cast(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
+Tensor cast(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Gradients backward(const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& scores,
-                   const Optional& position_bias, const Optional& alpha, const Optional& beta, const Optional& lengths,
-                   const Optional& mask, const Optional& offsets, double eps, const Tensor& y, const Tensor& stats,
-                   const Tensor& saved_scores, int64_t needs) {
+                   const Optional& position_bias, const Optional& alpha, const Optional& beta,
+                   const Optional& lengths, const Optional& mask, const Optional& offsets, double eps,
+                   const Tensor& y, const Tensor& stats, const Tensor& saved_scores, int64_t needs) {
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps);
   const Problem& problem = call.problem;
   const int64_t batch = problem.sets.count, units = problem.units, features = problem.features;
@@ -267,15 +293,17 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Optional& weight, co
   STD_TORCH_CHECK(dy.scalar_type() == dtype && y.scalar_type() == dtype && stats.scalar_type() == acc,
                   "fastac: dy and y must have the dtype of x, stats that of the accumulator");
   const bool saved = saved_scores.numel() > 0;
-  STD_TORCH_CHECK(!saved || (saved_scores.numel() == problem.sets.rows * units && saved_scores.scalar_type() == acc),
-                  "fastac: saved_scores must be what the forward operator returned");
+  STD_TORCH_CHECK(
+      !saved || (saved_scores.numel() == problem.sets.rows * units && saved_scores.scalar_type() == acc),
+      "fastac: saved_scores must be what the forward operator returned");
 
   const Tensor dy_c = dense(dy), y_c = dense(y), stats_c = dense(stats), saved_c = dense(saved_scores);
   auto wants = [&](int64_t bit, bool given) { return (needs & bit) != 0 && given; };
   Tensor dx = wants(kNeedX, true) ? allocate_like(x) : empty_output(dtype);
   Tensor dweight = wants(kNeedWeight, weight.has_value()) ? allocate_like(*weight) : empty_output(dtype);
   Tensor dscores = wants(kNeedScores, scores.has_value()) ? zeros(*scores, acc) : empty_output(acc);
-  Tensor dbias = wants(kNeedPositionBias, position_bias.has_value()) ? zeros(*position_bias, acc) : empty_output(acc);
+  Tensor dbias =
+      wants(kNeedPositionBias, position_bias.has_value()) ? zeros(*position_bias, acc) : empty_output(acc);
   Tensor dalpha = wants(kNeedAlpha, alpha.has_value()) ? zeros(*alpha, acc) : empty_output(acc);
   Tensor dbeta = wants(kNeedBeta, beta.has_value()) ? zeros(*beta, acc) : empty_output(acc);
 
@@ -306,12 +334,16 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Optional& weight, co
     std::memset(p + last * row, 0, size_t((problem.sets.rows - last) * row));
   }
   cpu::kernels().backward(problem, args, parallel_for);
-  auto like = [&](const Tensor& t, const Optional& input) { return input ? cast(t, input->scalar_type()) : cast(t, dtype); };
-  return {dx, dweight, like(dscores, scores), like(dbias, position_bias), like(dalpha, alpha), like(dbeta, beta)};
+  auto like = [&](const Tensor& t, const Optional& input) {
+    return input ? cast(t, input->scalar_type()) : cast(t, dtype);
+  };
+  return {
+      dx, dweight, like(dscores, scores), like(dbias, position_bias), like(dalpha, alpha), like(dbeta, beta)};
 }
 
-// What a call with these set lengths would be cut into, for fastac.explain: rows of x packed at a time, units and ranges of
-// sets of a forward task, segments that share a set, and the number of partial sums of dweight in a backward call.
+// What a call with these set lengths would be cut into, for fastac.explain: rows of x packed at a time, units
+// and ranges of sets of a forward task, segments that share a set, and the number of partial sums of dweight
+// in a backward call.
 std::vector<int64_t> plan(const std::vector<int64_t>& lengths, int64_t units, int64_t features) {
   STD_TORCH_CHECK(units >= 1 && features >= 1, "fastac: units and features must be at least 1");
   int64_t rows = 0;
@@ -322,12 +354,19 @@ std::vector<int64_t> plan(const std::vector<int64_t>& lengths, int64_t units, in
   sets.rows = rows;
   const cpu::Plan forward = cpu::plan_forward(sets, units, features);
   const cpu::Plan backward = cpu::plan_backward(sets, units, features, true);
-  return {forward.block_rows, forward.unit_block, int64_t(forward.tasks.size()), forward.partials, int64_t(backward.tasks.size())};
+  return {forward.block_rows, forward.unit_block, int64_t(forward.tasks.size()), forward.partials,
+          int64_t(backward.tasks.size())};
 }
 
-int64_t isa() { return cpu::current_isa(); }
-int64_t supported_isas() { return cpu::supported_isas(); }
-int64_t set_isa(int64_t isa) { return cpu::set_isa(isa); }
+int64_t isa() {
+  return cpu::current_isa();
+}
+int64_t supported_isas() {
+  return cpu::supported_isas();
+}
+int64_t set_isa(int64_t isa) {
+  return cpu::set_isa(isa);
+}
 
 }  // namespace
 }  // namespace fastac

@@ -1,5 +1,5 @@
-// The interface between the operators (attention_cluster.cpp) and the kernels of one device (cpu/, later cuda/).
-// Notation as in the paper: B sets, L positions, M features, N attention units.
+// The interface between the operators (attention_cluster.cpp) and the kernels of one device (cpu/, later
+// cuda/). Notation as in the paper: B sets, L positions, M features, N attention units.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ enum Needs : int64_t {
   kNeedBeta = 32,
 };
 
-// The sets of a batch. Valid position i of set b, i < length[b], is its position `position ? position[begin[b] + i] : i`;
-// positions that take no part never appear.
+// The sets of a batch. Valid position i of set b, i < length[b], is its position `position ?
+// position[begin[b] + i] : i`; positions that take no part never appear.
 struct Sets {
   int64_t count;             // B
   const int64_t* length;     // (B,) valid positions of each set
@@ -32,22 +32,23 @@ struct Sets {
 
 // Strides count elements. `acc` is float, or double for kFloat64.
 struct Problem {
-  DType dtype;          // of x, weight, y and their gradients
-  int64_t units;        // N
-  int64_t features;     // M
-  int64_t max_length;   // columns of position_bias
+  DType dtype;         // of x, weight, y and their gradients
+  int64_t units;       // N
+  int64_t features;    // M
+  int64_t max_length;  // columns of position_bias
   double eps;
-  bool shift;           // alpha and beta are given
-  bool has_scores;      // fc1, or scores given; false for the average
-  bool packed;          // (T, M) with offsets, not (B, L, M)
+  bool shift;       // alpha and beta are given
+  bool has_scores;  // fc1, or scores given; false for the average
+  bool packed;      // (T, M) with offsets, not (B, L, M)
   Sets sets;
 
   // inputs
-  const void* x;              // position l of set b at x + x_begin(b) + l * x_row_stride, features contiguous
+  const void* x;  // position l of set b at x + x_begin(b) + l * x_row_stride, features contiguous
   int64_t x_set_stride;
   int64_t x_row_stride;
-  const void* weight;         // (N, M), contiguous, or null
-  const void* scores;         // acc, or null; unit n, position l of set b at scores_begin(b) + n * unit + l * position
+  const void* weight;  // (N, M), contiguous, or null
+  const void*
+      scores;  // acc, or null; unit n, position l of set b at scores_begin(b) + n * unit + l * position
   int64_t scores_set_stride;
   int64_t scores_unit_stride;
   int64_t scores_position_stride;
@@ -55,7 +56,9 @@ struct Problem {
   const void* alpha;          // (N,), acc, or null
   const void* beta;           // (N,), acc, or null
 
-  int64_t x_begin(int64_t set) const { return packed ? sets.first_row[set] * x_row_stride : set * x_set_stride; }
+  int64_t x_begin(int64_t set) const {
+    return packed ? sets.first_row[set] * x_row_stride : set * x_set_stride;
+  }
   int64_t scores_begin(int64_t set) const {
     return packed ? sets.first_row[set] * scores_position_stride : set * scores_set_stride;
   }
@@ -75,9 +78,10 @@ struct BackwardArguments {
   const void* saved_scores;  // (rows, N), acc, or null: recompute
   int64_t needs;             // of Needs
   // outputs, null where not needed
-  void* dx;             // contiguous; position l of set b at (first_row[b] + l) * M; excluded positions of a set are zeroed
-  void* dweight;        // (N, M)
-  void* dscores;        // acc, (B, N, L) or (N, T), contiguous; the caller zeroed it
+  void* dx;  // contiguous; position l of set b at (first_row[b] + l) * M; excluded positions of a set are
+             // zeroed
+  void* dweight;  // (N, M)
+  void* dscores;  // acc, (B, N, L) or (N, T), contiguous; the caller zeroed it
   int64_t dscores_unit_stride;
   void* dposition_bias;  // (N, max_length), acc
   void* dalpha;          // (N,), acc

@@ -11,7 +11,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBand = 256;        // bytes on either side
+constexpr int64_t kBand = 256;           // bytes on either side
 constexpr unsigned char kPoison = 0xff;  // every floating-point type reads it as NaN
 
 struct Guarded {
@@ -33,7 +33,10 @@ Tensor allocate(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   if (!guarding.load(std::memory_order_relaxed)) return plain(sizes, dim, dtype);
   int64_t count = 1;
   for (int64_t i = 0; i < dim; ++i) count *= sizes[i];
-  const int64_t element = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2, band = kBand / element;
+  const int64_t element = dtype == ScalarType::Double  ? 8
+                          : dtype == ScalarType::Float ? 4
+                                                       : 2,
+                band = kBand / element;
   const int64_t total = count + 2 * band;
   Tensor buffer = plain(&total, 1, dtype);
   std::memset(buffer.mutable_data_ptr(), kPoison, total * element);

@@ -10,7 +10,8 @@ namespace fastac {
 
 torch::stable::Tensor allocate(const int64_t* sizes, int64_t dim, torch::headeronly::ScalarType dtype);
 
-// Switches the test mode; returns how many guard bytes of earlier allocations were written to and forgets them.
+// Switches the test mode; returns how many guard bytes of earlier allocations were written to and forgets
+// them.
 int64_t guard(bool on);
 
 }  // namespace fastac

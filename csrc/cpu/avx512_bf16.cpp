@@ -1,11 +1,12 @@
-// AVX-512 with its bfloat16 extension: Cooper Lake, Sapphire Rapids, Zen 4 and later. It serves to round float32 to
-// bfloat16. Its dot product is left alone: where it was measured (Sapphire Rapids) it ran at half the rate of the float32
-// multiply-add, and x would have to enter it uncentred (benchmarks/NOTES.md).
+// AVX-512 with its bfloat16 extension: Cooper Lake, Sapphire Rapids, Zen 4 and later. It serves to round
+// float32 to bfloat16. Its dot product is left alone: where it was measured (Sapphire Rapids) it ran at half
+// the rate of the float32 multiply-add, and x would have to enter it uncentred (benchmarks/NOTES.md).
 #include "kernels_begin.h"
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16")

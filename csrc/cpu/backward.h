@@ -2,8 +2,8 @@
 //     dU = c (dY - u^ (u^ . dY)),  u^ = sqrt(N) y          e = alpha dU x^T
 //     dS = a (e - rowsum(a e))                             dX = a^T (alpha dU) + dS^T W
 //     dW = sum dS x      dbeta = dU . 1      dalpha = dU . z
-// A task is a run of segments and owns one partial sum of every parameter gradient; they are added in a fixed order.
-// Included inside an anonymous namespace.
+// A task is a run of segments and owns one partial sum of every parameter gradient; they are added in a fixed
+// order. Included inside an anonymous namespace.
 
 template <typename T>
 class Backward {
@@ -11,11 +11,19 @@ class Backward {
 
  public:
   Backward(const Problem& problem, const BackwardArguments& args, ParallelFor parallel_for)
-      : problem_(problem), args_(args), parallel_for_(parallel_for),
-        plan_(cpu::plan_backward(problem.sets, problem.units, problem.features, needs(kNeedWeight | kNeedPositionBias))),
-        panels_(panel_count<A>(problem.features)), units_(problem.units), vectors_(cpu::ceil_div(problem.units, kLanes<A>)),
-        stride_(vectors_ * kLanes<A>), root_units_(std::sqrt(A(problem.units))),
-        stream_(args.dx != nullptr && streams<T>(args.dx, problem.features, problem.sets.rows * problem.features * int64_t(sizeof(T)))) {}
+      : problem_(problem),
+        args_(args),
+        parallel_for_(parallel_for),
+        plan_(cpu::plan_backward(problem.sets, problem.units, problem.features,
+                                 needs(kNeedWeight | kNeedPositionBias))),
+        panels_(panel_count<A>(problem.features)),
+        units_(problem.units),
+        vectors_(cpu::ceil_div(problem.units, kLanes<A>)),
+        stride_(vectors_ * kLanes<A>),
+        root_units_(std::sqrt(A(problem.units))),
+        stream_(args.dx != nullptr && streams<T>(args.dx, problem.features,
+                                                 problem.sets.rows * problem.features * int64_t(sizeof(T)))) {
+  }
 
   void run() {
     pack_weight();
@@ -91,7 +99,9 @@ class Backward {
   };
 
   bool needs(int64_t mask) const { return (args_.needs & mask) != 0; }
-  bool needs_ds() const { return problem_.has_scores && needs(kNeedX | kNeedWeight | kNeedScores | kNeedPositionBias); }
+  bool needs_ds() const {
+    return problem_.has_scores && needs(kNeedX | kNeedWeight | kNeedScores | kNeedPositionBias);
+  }
 
   bool needs_dot() const { return needs_ds() || needs(kNeedAlpha); }
 
@@ -124,7 +134,7 @@ class Backward {
     }
     if (args_.saved_scores == nullptr) {
       const int64_t size = panels_ * kPanel<A> * kLanes<A>;
-      packed_transposed_ = cpu::allocate(vectors_ * (size + kLanes<A>) * sizeof(A));
+      packed_transposed_ = cpu::allocate(vectors_ * (size + kLanes<A>)*sizeof(A));
       A* packed = static_cast<A*>(packed_transposed_.get());
       weight_transposed_ = packed;
       weight_sums_ = packed + vectors_ * size;
@@ -155,7 +165,8 @@ class Backward {
       std::memset(dweight_offset_ + c * units_, 0, units_ * sizeof(A));
     }
     if (dposition_bias_)
-      std::memset(dposition_bias_ + c * units_ * problem_.max_length, 0, units_ * problem_.max_length * sizeof(A));
+      std::memset(dposition_bias_ + c * units_ * problem_.max_length, 0,
+                  units_ * problem_.max_length * sizeof(A));
     if (dalpha_) std::memset(dalpha_ + c * units_, 0, units_ * sizeof(A));
     if (dbeta_) std::memset(dbeta_ + c * units_, 0, units_ * sizeof(A));
     for (int64_t s = plan_.tasks[c].begin; s < plan_.tasks[c].end; ++s) {
@@ -163,8 +174,8 @@ class Backward {
     }
   }
 
-  // What the next set reads first, to be fetched while this one's matrix products run: x, and as many rows of y and dY as
-  // the second-level cache has room for.
+  // What the next set reads first, to be fetched while this one's matrix products run: x, and as many rows of
+  // y and dY as the second-level cache has room for.
   void prefetch(Scratch& scratch, int64_t set) const {
     const int64_t features = problem_.features, row = features * int64_t(sizeof(T));
     const int64_t rows = std::min(problem_.sets.length[set], plan_.block_rows);
@@ -208,8 +219,8 @@ class Backward {
       Vec<A> sum[Units] = {};
       for (int64_t m = 0; m < features; m += kLanes<A>) {
         const int64_t left = std::min(kLanes<A>, features - m);
-        FASTAC_UNROLL for (int i = 0; i < Units; ++i) sum[i] +=
-            load_some(dy + i * features + m, left) * load_some(y + i * features + m, left);
+        FASTAC_EACH (i, Units)
+          sum[i] += load_some(dy + i * features + m, left) * load_some(y + i * features + m, left);
       }
       fold_all<A, Units>(sum, dot);
     }
@@ -235,7 +246,7 @@ class Backward {
     for (int64_t p = 0; p < panels_; ++p, out += step)
       for (int v = 0; v < kTileVectors; ++v) {
         const int64_t m = p * kPanel<A> + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
-        FASTAC_UNROLL for (int i = 0; i < Units; ++i) {
+        FASTAC_EACH (i, Units) {
           Vec<A> value = {};
           if (left > 0) {
             value = load_some(dy + i * features + m, left) * factor[i];
@@ -262,10 +273,11 @@ class Backward {
     pack_rows<T, A>(source(set), begin, rows, problem_.features, scratch.panels, scratch.offset);
     if (args_.saved_scores != nullptr) {
       const A* base = static_cast<const A*>(args_.saved_scores) + problem_.sets.first_row[set] * units_;
-      gather_scores(ScoreSource<A>{base, 1, units_}, position, begin, rows, 0, units_, scratch.weights, stride_);
+      gather_scores(ScoreSource<A>{base, 1, units_}, position, begin, rows, 0, units_, scratch.weights,
+                    stride_);
     } else if (weight_transposed_ != nullptr) {
-      score_block<A>(scratch.panels, scratch.offset, rows, problem_.features, weight_transposed_, weight_sums_, vectors_,
-                     scratch.weights, stride_);
+      score_block<A>(scratch.panels, scratch.offset, rows, problem_.features, weight_transposed_,
+                     weight_sums_, vectors_, scratch.weights, stride_);
     } else if (problem_.scores != nullptr) {
       const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
                                  problem_.scores_unit_stride, problem_.scores_position_stride};
@@ -274,8 +286,8 @@ class Backward {
       std::memset(scratch.weights, 0, rows * stride_ * sizeof(A));
     }
     if (problem_.position_bias != nullptr && args_.saved_scores == nullptr)
-      add_position_bias(static_cast<const A*>(problem_.position_bias), problem_.max_length, position, begin, rows, units_,
-                        scratch.weights, stride_);
+      add_position_bias(static_cast<const A*>(problem_.position_bias), problem_.max_length, position, begin,
+                        rows, units_, scratch.weights, stride_);
     normalise(scratch.weights, rows, set);
   }
 
@@ -294,32 +306,33 @@ class Backward {
     }
   }
 
-  // ds = dU d^T for a block of rows. With the first block of a set comes dU itself, a few units ahead of their products,
-  // during which the rows of y and dY that follow are fetched.
+  // ds = dU d^T for a block of rows. With the first block of a set comes dU itself, a few units ahead of
+  // their products, during which the rows of y and dY that follow are fetched.
   void dot_products(Scratch& scratch, int64_t set, int64_t rows, bool first) const {
     const int64_t row = problem_.features * int64_t(sizeof(T));
     const int64_t row_tiles = cpu::ceil_div(rows, kDotTile);
     balanced(units_, kDotTile, [&](int64_t n0, int64_t p) {
       if (first) {
         output_gradients(scratch, set, n0, p);
-        const int64_t begin = std::max((n0 + p) * row, kPrefetchBytes), end = std::min(n0 + 2 * p, units_) * row;
+        const int64_t begin = std::max((n0 + p) * row, kPrefetchBytes),
+                      end = std::min(n0 + 2 * p, units_) * row;
         const char* y = static_cast<const char*>(args_.y) + set * units_ * row + begin;
         const char* dy = static_cast<const char*>(args_.dy) + set * units_ * row + begin;
         scratch.next_y.start(y, std::max<int64_t>(end - begin, 0), row_tiles);
         scratch.next_dy.start(dy, std::max<int64_t>(end - begin, 0), row_tiles);
       }
       if (!needs_dot()) return;
-      dot_rows<A>(scratch.du + n0 * kPanel<A>, units_ * kPanel<A>, p, scratch.panels, rows, panels_, scratch.dots,
-                  scratch.ds + n0, stride_, [&] {
+      dot_rows<A>(scratch.du + n0 * kPanel<A>, units_ * kPanel<A>, p, scratch.panels, rows, panels_,
+                  scratch.dots, scratch.ds + n0, stride_, [&] {
                     scratch.next_y.step();
                     scratch.next_dy.step();
                   });
     });
   }
 
-  // dS = alpha a (h - rowsum(a h)) with h = dU . d + (offset - center) dU . 1, which is e / alpha up to a constant of the
-  // unit. Where the set is not at hand whole the row sum follows from dU . u = dU . (alpha z + beta):
-  // alpha rowsum(a h) = dU . u - (beta + alpha center) dU . 1. Leaves alpha a in place of a.
+  // dS = alpha a (h - rowsum(a h)) with h = dU . d + (offset - center) dU . 1, which is e / alpha up to a
+  // constant of the unit. Where the set is not at hand whole the row sum follows from dU . u = dU . (alpha z
+  // + beta): alpha rowsum(a h) = dU . u - (beta + alpha center) dU . 1. Leaves alpha a in place of a.
   void score_gradient(Scratch& scratch, int64_t rows, A center, bool whole) const {
     for (int64_t n = 0; n < stride_; n += kLanes<A>) {
       const Vec<A> alpha = load_vector(alpha_ + n);
@@ -334,15 +347,18 @@ class Backward {
           weight_sum += weight;
           store_vector(dot, h);
         }
-        store_vector(scratch.dalpha + n, load_vector(scratch.dalpha + n) + total + du_sum * center * weight_sum);
+        store_vector(scratch.dalpha + n,
+                     load_vector(scratch.dalpha + n) + total + du_sum * center * weight_sum);
         Vec<A> mean = total;
         if (!whole) {
-          const Vec<A> scaled = load_vector(scratch.du_u + n) - du_sum * (load_vector(beta_ + n) + alpha * center);
+          const Vec<A> scaled =
+              load_vector(scratch.du_u + n) - du_sum * (load_vector(beta_ + n) + alpha * center);
           mean = alpha == none ? none : scaled / alpha;
         }
         for (int64_t r = 0; r < rows; ++r) {
           A* ds = scratch.ds + r * stride_ + n;
-          const Vec<A> value = alpha * load_vector(scratch.weights + r * stride_ + n) * (load_vector(ds) - mean);
+          const Vec<A> value =
+              alpha * load_vector(scratch.weights + r * stride_ + n) * (load_vector(ds) - mean);
           offset_sum += value * (scratch.offset[r] - center);
           store_vector(ds, value);
         }
@@ -354,7 +370,8 @@ class Backward {
           store_vector(weight, alpha * load_vector(weight));
         }
     }
-    if (needs(kNeedX)) transpose<A>(scratch.weights, stride_, rows, units_, scratch.by_unit_weights, scratch.row_stride);
+    if (needs(kNeedX))
+      transpose<A>(scratch.weights, stride_, rows, units_, scratch.by_unit_weights, scratch.row_stride);
     if (needs_ds()) transpose<A>(scratch.ds, stride_, rows, units_, scratch.by_unit_ds, scratch.row_stride);
   }
 
@@ -362,7 +379,8 @@ class Backward {
     return problem_.packed ? problem_.sets.first_row[set] : set * units_ * args_.dscores_unit_stride;
   }
 
-  void write_score_gradients(const Scratch& scratch, int64_t set, int64_t begin, int64_t rows, int64_t c) const {
+  void write_score_gradients(const Scratch& scratch, int64_t set, int64_t begin, int64_t rows,
+                             int64_t c) const {
     const int64_t* position = positions(set);
     auto place = [&](int64_t r) { return position ? position[begin + r] : begin + r; };
     if (needs(kNeedScores))
@@ -377,8 +395,9 @@ class Backward {
       }
   }
 
-  // dX = a^T (alpha dU) + dS^T W and dW += dS d, a panel at a time while it is in the first-level cache. What the offset
-  // adds to dW, dS . offset, is the same for every feature; with sum_l dS_l = 0 it is taken relative to `center`.
+  // dX = a^T (alpha dU) + dS^T W and dW += dS d, a panel at a time while it is in the first-level cache. What
+  // the offset adds to dW, dS . offset, is the same for every feature; with sum_l dS_l = 0 it is taken
+  // relative to `center`.
   void feature_gradients(Scratch& scratch, int64_t set, int64_t begin, int64_t rows, int64_t c) const {
     const int64_t* position = positions(set);
     const int64_t features = problem_.features, panel = units_ * kPanel<A>;
@@ -387,23 +406,24 @@ class Backward {
     for (int64_t p = 0; p < panels_; ++p) {
       if (dx != nullptr)
         balanced(rows, kTileRows, [&](int64_t r0, int64_t count) {
-          panel_kernel<A, Start::kZero>(count)(scratch.tile, nullptr, scratch.by_unit_weights + r0, scratch.row_stride,
-                                               scratch.du + p * panel, units_);
+          panel_kernel<A, Start::kZero>(count)(scratch.tile, nullptr, scratch.by_unit_weights + r0,
+                                               scratch.row_stride, scratch.du + p * panel, units_);
           if (weight_panels_ != nullptr)
-            panel_kernel<A, Start::kLoad>(count)(scratch.tile, nullptr, scratch.by_unit_ds + r0, scratch.row_stride,
-                                                 weight_panels_ + p * panel, units_);
+            panel_kernel<A, Start::kLoad>(count)(scratch.tile, nullptr, scratch.by_unit_ds + r0,
+                                                 scratch.row_stride, weight_panels_ + p * panel, units_);
           scratch.step();
           for (int64_t i = 0; i < count; ++i) {
             const int64_t row = position ? position[begin + r0 + i] : begin + r0 + i;
             Vec<A> value[kTileVectors];
-            FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(scratch.tile + i * kPanel<A> + v * kLanes<A>);
+            FASTAC_EACH (v, kTileVectors)
+              value[v] = load_vector(scratch.tile + i * kPanel<A> + v * kLanes<A>);
             store_panel<T, A>(dx + row * features, p, features, value, stream_);
           }
         });
       if (dweight != nullptr)
         balanced(units_, kTileRows, [&](int64_t n0, int64_t count) {
-          panel_kernel<A, Start::kLoad>(count)(dweight + p * panel + n0 * kPanel<A>, nullptr, scratch.ds + n0, stride_,
-                                               scratch.panels + p * rows * kPanel<A>, rows);
+          panel_kernel<A, Start::kLoad>(count)(dweight + p * panel + n0 * kPanel<A>, nullptr, scratch.ds + n0,
+                                               stride_, scratch.panels + p * rows * kPanel<A>, rows);
           scratch.step();
         });
     }
@@ -411,27 +431,33 @@ class Backward {
       for (int64_t n = 0; n < units_; ++n) dweight_offset_[c * units_ + n] += scratch.ds_offset[n];
   }
 
-  // dX is 0 where a position takes no part. Each segment clears the gap before each of its positions, the last one the rest.
+  // dX is 0 where a position takes no part. Each segment clears the gap before each of its positions, the
+  // last one the rest.
   void zero_excluded(const cpu::Segment& segment) const {
     const Sets& sets = problem_.sets;
     const int64_t set = segment.set;
     const int64_t* position = positions(set);
     T* dx = static_cast<T*>(args_.dx) + sets.first_row[set] * problem_.features;
     auto clear = [&](int64_t begin, int64_t end) {
-      if (end > begin) std::memset(static_cast<void*>(dx + begin * problem_.features), 0, (end - begin) * problem_.features * sizeof(T));
+      if (end > begin)
+        std::memset(static_cast<void*>(dx + begin * problem_.features), 0,
+                    (end - begin) * problem_.features * sizeof(T));
     };
     if (position != nullptr)
-      for (int64_t i = segment.begin; i < segment.end; ++i) clear(i == 0 ? 0 : position[i - 1] + 1, position[i]);
+      for (int64_t i = segment.begin; i < segment.end; ++i)
+        clear(i == 0 ? 0 : position[i - 1] + 1, position[i]);
     if (segment.end == sets.length[set])
       clear(segment.end == 0 ? 0 : position ? position[segment.end - 1] + 1 : segment.end, sets.extent[set]);
   }
 
-  // dbeta = dU . 1; dalpha = dU . z = (dU . u - beta dU . 1) / alpha where that is the better conditioned of the two.
+  // dbeta = dU . 1; dalpha = dU . z = (dU . u - beta dU . 1) / alpha where that is the better conditioned of
+  // the two.
   void parameter_gradients(const Scratch& scratch, const cpu::Segment& segment, int64_t c) const {
     const bool first = segment.begin == 0;
     for (int64_t n = 0; n < units_; ++n) {
       if (dbeta_ && first) dbeta_[c * units_ + n] += scratch.du_sum[n];
       if (!dalpha_) continue;
+      if (problem_.sets.length[segment.set] == 0) continue;  // z = 0
       const bool divide = std::abs(alpha(n)) >= std::abs(beta(n)) && alpha(n) != 0;
       if (!divide)
         dalpha_[c * units_ + n] += scratch.dalpha[n];
@@ -451,8 +477,9 @@ class Backward {
             Tile<A, 1, kTileVectors> sum;
             sum.fill(offset);
             for (int64_t c = 0; c < chunks; ++c)
-              FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) sum.acc[0][v] +=
-                  load_vector(dweight_ + c * weight_size() + (p * units_ + n) * kPanel<A> + v * kLanes<A>);
+              FASTAC_EACH (v, kTileVectors)
+                sum.acc[0][v] +=
+                    load_vector(dweight_ + c * weight_size() + (p * units_ + n) * kPanel<A> + v * kLanes<A>);
             store_panel<T, A>(static_cast<T*>(args_.dweight) + n * features, p, features, sum.acc[0], false);
           }
       });

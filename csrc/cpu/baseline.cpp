@@ -12,4 +12,3 @@ namespace fastac {
 const CpuKernels cpu::kBaselineKernels = {"baseline", run_forward, run_backward};
 
 }  // namespace fastac
-

@@ -25,13 +25,11 @@ const CpuKernels* find(int64_t isa) {
 bool runs(int64_t isa) {
 #if defined(__x86_64__)
   switch (isa) {
-    case kAvx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case kAvx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     case kAvx512:
       return runs(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    case kAvx512Bf16:
-      return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
+    case kAvx512Bf16: return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == kBaseline;
@@ -42,8 +40,8 @@ int64_t check(int64_t isa, const std::string& asked) {
   std::string names;
   for (int64_t i = 0; i < kIsaCount; ++i)
     if (runs(i)) names += (names.empty() ? "" : ", ") + std::string(find(i)->name);
-  throw std::runtime_error("FASTAC_CPU_ISA must name an instruction set that this processor runs (" + names + "), got " +
-                           asked);
+  throw std::runtime_error("FASTAC_CPU_ISA must name an instruction set that this processor runs (" + names +
+                           "), got " + asked);
 }
 
 int64_t choose() {
@@ -69,7 +67,9 @@ int64_t current_isa() {
   return isa;
 }
 
-const CpuKernels& kernels() { return *find(current_isa()); }
+const CpuKernels& kernels() {
+  return *find(current_isa());
+}
 
 int64_t supported_isas() {
   int64_t mask = 0;

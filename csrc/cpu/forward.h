@@ -1,9 +1,10 @@
-// The forward kernel: y = u / (sqrt(N) max(||u||, eps)), u = alpha z + beta, z = softmax(s) x (Eq. 2-7), one pass over x.
+// The forward kernel: y = u / (sqrt(N) max(||u||, eps)), u = alpha z + beta, z = softmax(s) x (Eq. 2-7), one
+// pass over x.
 //
-// A task is a run of positions of one set for a block of units. Where the set fits one packed block, its weighted sums
-// leave the registers as u, wait in a few rows of scratch for their norm, and are written to y while the next rows are
-// computed. Longer sets keep running sums and combine blocks, and segments of one set, by their running maximum.
-// Included inside an anonymous namespace.
+// A task is a run of positions of one set for a block of units. Where the set fits one packed block, its
+// weighted sums leave the registers as u, wait in a few rows of scratch for their norm, and are written to y
+// while the next rows are computed. Longer sets keep running sums and combine blocks, and segments of one
+// set, by their running maximum. Included inside an anonymous namespace.
 
 template <typename T>
 class Forward {
@@ -11,17 +12,23 @@ class Forward {
 
  public:
   Forward(const Problem& problem, const ForwardOutputs& out, ParallelFor parallel_for)
-      : problem_(problem), out_(out), parallel_for_(parallel_for),
+      : problem_(problem),
+        out_(out),
+        parallel_for_(parallel_for),
         plan_(cpu::plan_forward(problem.sets, problem.units, problem.features)),
-        panels_(panel_count<A>(problem.features)), root_units_(std::sqrt(A(problem.units))),
-        stream_(streams<T>(out.y, problem.features, problem.sets.count * problem.units * problem.features * int64_t(sizeof(T)))) {
-    for (int64_t m = 0; m < kPanel<A>; ++m) last_panel_[m] = (panels_ - 1) * kPanel<A> + m < problem.features ? A(1) : A(0);
+        panels_(panel_count<A>(problem.features)),
+        root_units_(std::sqrt(A(problem.units))),
+        stream_(streams<T>(out.y, problem.features,
+                           problem.sets.count * problem.units * problem.features * int64_t(sizeof(T)))) {
+    for (int64_t m = 0; m < kPanel<A>; ++m)
+      last_panel_[m] = (panels_ - 1) * kPanel<A> + m < problem.features ? A(1) : A(0);
   }
 
   void run() {
     pack_weight();
     if (plan_.partials > 0) workspace_ = cpu::allocate(plan_.partials * partial_size() * sizeof(A));
-    const int64_t blocks = cpu::ceil_div(problem_.units, plan_.unit_block), tasks = int64_t(plan_.tasks.size());
+    const int64_t blocks = cpu::ceil_div(problem_.units, plan_.unit_block),
+                  tasks = int64_t(plan_.tasks.size());
     cpu::parallel(parallel_for_, tasks * blocks, [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t i = begin; i < end; ++i) {
@@ -79,20 +86,21 @@ class Forward {
     if (problem_.sets.position != nullptr || problem_.x_row_stride != problem_.features) return;
     const int64_t rows = std::min(problem_.sets.length[set], plan_.block_rows);
     scratch.prefetch.start(static_cast<const T*>(problem_.x) + problem_.x_begin(set),
-                           rows * problem_.features * int64_t(sizeof(T)), cpu::ceil_div(units, kTileRows) * panels_);
+                           rows * problem_.features * int64_t(sizeof(T)),
+                           cpu::ceil_div(units, kTileRows) * panels_);
   }
 
   void pack_weight() {
     if (problem_.weight == nullptr) return;
     const int64_t vectors = cpu::ceil_div(problem_.units, kLanes<A>), size = panels_ * kPanel<A> * kLanes<A>;
-    packed_weight_ = cpu::allocate(vectors * (size + kLanes<A>) * sizeof(A));
+    packed_weight_ = cpu::allocate(vectors * (size + kLanes<A>)*sizeof(A));
     A* packed = static_cast<A*>(packed_weight_.get());
     weight_ = packed;
     weight_sums_ = packed + vectors * size;
     cpu::parallel(parallel_for_, vectors, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v)
-        pack_transposed<T, A>(static_cast<const T*>(problem_.weight), problem_.units, problem_.features, v * kLanes<A>,
-                              packed + v * size, packed + vectors * size + v * kLanes<A>);
+        pack_transposed<T, A>(static_cast<const T*>(problem_.weight), problem_.units, problem_.features,
+                              v * kLanes<A>, packed + v * size, packed + vectors * size + v * kLanes<A>);
     });
   }
 
@@ -127,22 +135,26 @@ class Forward {
       partial[1] = scratch.softmax.sum[n];
       partial[2] = scratch.softmax.offset_sum[n];
       for (int64_t p = 0; p < panels_; ++p)
-        std::memcpy(partial + kHeader + p * kPanel<A>, scratch.sums + (p * units + n) * kPanel<A>, kPanel<A> * sizeof(A));
+        std::memcpy(partial + kHeader + p * kPanel<A>, scratch.sums + (p * units + n) * kPanel<A>,
+                    kPanel<A> * sizeof(A));
     }
   }
 
-  // Packs rows of x and brings their scores to scratch.scores; saves the scores for the backward pass if asked to.
-  void load_block(Scratch& scratch, int64_t set, int64_t begin, int64_t rows, int64_t unit_begin, int64_t units) const {
+  // Packs rows of x and brings their scores to scratch.scores; saves the scores for the backward pass if
+  // asked to.
+  void load_block(Scratch& scratch, int64_t set, int64_t begin, int64_t rows, int64_t unit_begin,
+                  int64_t units) const {
     const Sets& sets = problem_.sets;
     const int64_t* position = sets.position ? sets.position + sets.begin[set] : nullptr;
-    const RowSource<T> source{static_cast<const T*>(problem_.x) + problem_.x_begin(set), problem_.x_row_stride,
-                              position};
+    const RowSource<T> source{static_cast<const T*>(problem_.x) + problem_.x_begin(set),
+                              problem_.x_row_stride, position};
     pack_rows<T, A>(source, begin, rows, problem_.features, scratch.panels, scratch.offset);
     const int64_t vectors = cpu::ceil_div(units, kLanes<A>), stride = vectors * kLanes<A>;
     if (weight_ != nullptr) {
       const int64_t first = unit_begin / kLanes<A>;
       score_block<A>(scratch.panels, scratch.offset, rows, problem_.features,
-                     weight_ + first * panels_ * kPanel<A> * kLanes<A>, weight_sums_ + unit_begin, vectors, scratch.scores, stride);
+                     weight_ + first * panels_ * kPanel<A> * kLanes<A>, weight_sums_ + unit_begin, vectors,
+                     scratch.scores, stride);
     } else if (problem_.scores != nullptr) {
       const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
                                  problem_.scores_unit_stride, problem_.scores_position_stride};
@@ -155,7 +167,8 @@ class Forward {
                         problem_.max_length, position, begin, rows, units, scratch.scores, stride);
     if (out_.saved_scores != nullptr)
       for (int64_t r = 0; r < rows; ++r)
-        std::memcpy(static_cast<A*>(out_.saved_scores) + (sets.first_row[set] + source.index(begin + r)) * problem_.units + unit_begin,
+        std::memcpy(static_cast<A*>(out_.saved_scores) +
+                        (sets.first_row[set] + source.index(begin + r)) * problem_.units + unit_begin,
                     scratch.scores + r * stride, units * sizeof(A));
   }
 
@@ -182,7 +195,8 @@ class Forward {
     return static_cast<T*>(out_.y) + (set * problem_.units + unit) * problem_.features;
   }
 
-  // The whole set is in scratch: turn exponentials into coefficients alpha a, then u = (alpha a) d + shift per tile of units.
+  // The whole set is in scratch: turn exponentials into coefficients alpha a, then u = (alpha a) d + shift
+  // per tile of units.
   void finish_block(Scratch& scratch, int64_t set, int64_t rows, int64_t unit_begin, int64_t units) const {
     const int64_t stride = cpu::ceil_div(units, kLanes<A>) * kLanes<A>;
     A* coefficient = scratch.softmax.scale;
@@ -198,33 +212,36 @@ class Forward {
                      load_vector(scratch.scores + r * stride + n) * load_vector(coefficient + n));
     balanced(units, kTileRows, [&](int64_t n0, int64_t count) {
       with_rows<kTileRows>(count, [&](auto tile_rows) {
-        A* u = scratch.pending.rows == scratch.sums ? scratch.sums + kTileRows * panels_ * kPanel<A> : scratch.sums;
+        A* u = scratch.pending.rows == scratch.sums ? scratch.sums + kTileRows * panels_ * kPanel<A>
+                                                    : scratch.sums;
         unit_tile<tile_rows>(scratch, rows, stride, n0, set, unit_begin + n0, u);
       });
     });
   }
 
   template <int Rows>
-  __attribute__((noinline)) void unit_tile(Scratch& scratch, int64_t rows, int64_t stride, int64_t n0, int64_t set,
-                                           int64_t unit, A* u) const {
+  __attribute__((noinline)) void unit_tile(Scratch& scratch, int64_t rows, int64_t stride, int64_t n0,
+                                           int64_t set, int64_t unit, A* u) const {
     Pending& pending = scratch.pending;
     Vec<A> squares[Rows];
-    FASTAC_UNROLL for (int i = 0; i < Rows; ++i) squares[i] = Vec<A>{};
+    FASTAC_EACH (i, Rows) squares[i] = Vec<A>{};
     const bool shift = problem_.shift;
     for (int64_t p = 0; p < panels_; ++p) {
       scratch.prefetch.step();
       Tile<A, Rows, kTileVectors> tile;
       tile.fill_rows(scratch.shift + n0);
       if ((p + 1) * kPanel<A> > problem_.features) tile.scale_columns(last_panel_);
-      tile.template multiply_add<1>(scratch.scores + n0, stride, scratch.panels + p * rows * kPanel<A>, kPanel<A>, rows);
+      tile.template multiply_add<1>(scratch.scores + n0, stride, scratch.panels + p * rows * kPanel<A>,
+                                    kPanel<A>, rows);
       if (shift) {
-        FASTAC_UNROLL for (int i = 0; i < Rows; ++i) FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v)
-            squares[i] += tile.acc[i][v] * tile.acc[i][v];
+        FASTAC_EACH (i, Rows)
+          FASTAC_EACH (v, kTileVectors) squares[i] += tile.acc[i][v] * tile.acc[i][v];
         tile.store(u + p * Rows * kPanel<A>);
         write_pending(pending, kTileRows);
       } else {
         T* y = y_row(set, unit);
-        for (int i = 0; i < Rows; ++i) store_panel<T, A>(y + i * problem_.features, p, problem_.features, tile.acc[i], stream_);
+        for (int i = 0; i < Rows; ++i)
+          store_panel<T, A>(y + i * problem_.features, p, problem_.features, tile.acc[i], stream_);
       }
     }
     if (!shift) return;
@@ -244,12 +261,13 @@ class Forward {
   // Writes the next `count` panels.
   inline __attribute__((always_inline)) void write_pending(Pending& pending, int64_t count) const {
     while (count > 0 && pending.row < pending.count) {
-      const int64_t first = pending.panel, run = std::min(count, panels_ - first), step = pending.count * kPanel<A>;
+      const int64_t first = pending.panel, run = std::min(count, panels_ - first),
+                    step = pending.count * kPanel<A>;
       const A* from = pending.rows + first * step + pending.row * kPanel<A>;
       const Vec<A> factor = broadcast(pending.factor[pending.row]);
       for (int64_t p = first; p < first + run; ++p, from += step) {
         Vec<A> value[kTileVectors];
-        FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(from + v * kLanes<A>) * factor;
+        FASTAC_EACH (v, kTileVectors) value[v] = load_vector(from + v * kLanes<A>) * factor;
         store_panel<T, A>(pending.y, p, problem_.features, value, stream_);
       }
       count -= run;
@@ -269,8 +287,9 @@ class Forward {
     const int64_t stride = cpu::ceil_div(units, kLanes<A>) * kLanes<A>;
     for (int64_t p = 0; p < panels_; ++p)
       balanced(units, kTileRows, [&](int64_t n0, int64_t count) {
-        panel_kernel<A, Start::kScale>(count)(scratch.sums + (p * units + n0) * kPanel<A>, scratch.softmax.scale + n0,
-                                              scratch.scores + n0, stride, scratch.panels + p * rows * kPanel<A>, rows);
+        panel_kernel<A, Start::kScale>(count)(scratch.sums + (p * units + n0) * kPanel<A>,
+                                              scratch.softmax.scale + n0, scratch.scores + n0, stride,
+                                              scratch.panels + p * rows * kPanel<A>, rows);
       });
   }
 
@@ -283,7 +302,7 @@ class Forward {
       Tile<A, 1, kTileVectors> tile;
       tile.fill(shift);
       if ((p + 1) * kPanel<A> > problem_.features) tile.scale_columns(last_panel_);
-      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      FASTAC_EACH (v, kTileVectors) {
         tile.acc[0][v] += load_vector(sums + p * step + v * kLanes<A>) * scale;
         squares += tile.acc[0][v] * tile.acc[0][v];
         store_vector(sums + p * step + v * kLanes<A>, tile.acc[0][v]);
@@ -294,7 +313,7 @@ class Forward {
     T* y = y_row(set, unit);
     for (int64_t p = 0; p < panels_; ++p) {
       Vec<A> value[kTileVectors];
-      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) value[v] = load_vector(sums + p * step + v * kLanes<A>) * factor;
+      FASTAC_EACH (v, kTileVectors) value[v] = load_vector(sums + p * step + v * kLanes<A>) * factor;
       store_panel<T, A>(y, p, problem_.features, value, stream_);
     }
   }
@@ -303,7 +322,8 @@ class Forward {
   static constexpr int64_t kHeader = 8;
   int64_t partial_size() const { return problem_.units * (kHeader + panels_ * kPanel<A>); }
   A* partial_of(int64_t index, int64_t unit) const {
-    return static_cast<A*>(workspace_.get()) + index * partial_size() + unit * (kHeader + panels_ * kPanel<A>);
+    return static_cast<A*>(workspace_.get()) + index * partial_size() +
+           unit * (kHeader + panels_ * kPanel<A>);
   }
 
   // Segments of one set are joined in their order: total = sum_i exp(max_i - max) sum_i.
@@ -314,7 +334,8 @@ class Forward {
       const int64_t set = plan_.segments[first].set;
       if (plan_.segments[first].partial >= 0)
         cpu::parallel(parallel_for_, problem_.units, [&](int64_t begin, int64_t end) {
-          for (int64_t n = begin; n < end; ++n) combine_unit(set, n, plan_.segments[first].partial, plan_.segments[last - 1].partial);
+          for (int64_t n = begin; n < end; ++n)
+            combine_unit(set, n, plan_.segments[first].partial, plan_.segments[last - 1].partial);
         });
       first = last;
     }
@@ -353,7 +374,8 @@ class Forward {
   const int64_t panels_;
   const A root_units_;
   const bool stream_;
-  A last_panel_[kPanel<A>];  // 1 for columns of the last panel before M, 0 beyond: the shift must not count in the norm
+  A last_panel_[kPanel<A>];  // 1 for columns of the last panel before M, 0 beyond: the shift must not count
+                             // in the norm
   cpu::Buffer packed_weight_, workspace_;
   const A* weight_ = nullptr;
   const A* weight_sums_ = nullptr;

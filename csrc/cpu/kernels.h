@@ -3,8 +3,8 @@
 //   FASTAC_TILE_ROWS      rows of a register tile
 //   FASTAC_TILE_VECTORS   vectors of a row of a tile: rows * vectors + vectors + 1 registers are in use
 //   FASTAC_DOT_TILE       side of a dot tile
-// and includes this file inside namespace fastac. All of it has internal linkage, so that code for one instruction set
-// can never stand in for another's.
+// and includes this file inside namespace fastac. All of it has internal linkage, so that code for one
+// instruction set can never stand in for another's.
 
 namespace {
 

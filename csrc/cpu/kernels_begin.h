@@ -1,5 +1,5 @@
-// Everything kernels.h needs from outside, included before the target pragma so that no shared inline function is
-// compiled for an instruction set that the processor may lack.
+// Everything kernels.h needs from outside, included before the target pragma so that no shared inline
+// function is compiled for an instruction set that the processor may lack.
 #include <algorithm>
 #include <array>
 #include <cmath>

@@ -40,7 +40,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Scratch of the calling thread, at least `bytes` large and kept for its next call unless it is unusually large.
+// Scratch of the calling thread, at least `bytes` large and kept for its next call unless it is unusually
+// large.
 class ThreadScratch {
  public:
   explicit ThreadScratch(int64_t bytes) {
@@ -67,9 +68,12 @@ class ThreadScratch {
 };
 
 template <typename F>
-inline void parallel(void (*parallel_for)(int64_t, void (*)(void*, int64_t, int64_t), void*), int64_t n, F&& body) {
+inline void parallel(void (*parallel_for)(int64_t, void (*)(void*, int64_t, int64_t), void*), int64_t n,
+                     F&& body) {
   if (n <= 0) return;
-  auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<std::remove_reference_t<F>*>(context))(begin, end); };
+  auto call = [](void* context, int64_t begin, int64_t end) {
+    (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+  };
   parallel_for(n, call, &body);
 }
 

@@ -1,5 +1,5 @@
-// From user memory to panels: rows of x are gathered, converted to the accumulator type, freed of a large common
-// offset and padded with zeros, so that the tiles never meet a stride, a mask, a half type or a tail.
+// From user memory to panels: rows of x are gathered, converted to the accumulator type, freed of a large
+// common offset and padded with zeros, so that the tiles never meet a stride, a mask, a half type or a tail.
 // Included inside an anonymous namespace.
 
 template <typename T>
@@ -27,9 +27,11 @@ struct RowSums {
     squares[Chain] += x * x;
   }
 
-  // The offset taken off a row: its mean where that dominates the row, else 0, so that ordinary rows stay exact.
+  // The offset taken off a row: its mean where that dominates the row, else 0, so that ordinary rows stay
+  // exact.
   A offset(int64_t features) const {
-    Vec<A> both[2] = {(sum[0] + sum[1]) + (sum[2] + sum[3]), (squares[0] + squares[1]) + (squares[2] + squares[3])};
+    Vec<A> both[2] = {(sum[0] + sum[1]) + (sum[2] + sum[3]),
+                      (squares[0] + squares[1]) + (squares[2] + squares[3])};
     A total[2];
     fold_all<A, 2>(both, total);
     const A mean = total[0] / A(features);
@@ -50,10 +52,11 @@ inline void subtract(A* row, int64_t step, int64_t features, A mean) {
 
 constexpr int64_t kRowsAhead = 3;
 
-// panels[p][r][:] = x[begin + r] - offset[r] for r < count. Meanwhile a row ahead is fetched: the processor's own
-// prefetching stops at every page.
+// panels[p][r][:] = x[begin + r] - offset[r] for r < count. Meanwhile a row ahead is fetched: the processor's
+// own prefetching stops at every page.
 template <typename T, typename A>
-inline void pack_rows(const RowSource<T>& source, int64_t begin, int64_t count, int64_t features, A* panels, A* offset) {
+inline void pack_rows(const RowSource<T>& source, int64_t begin, int64_t count, int64_t features, A* panels,
+                      A* offset) {
   const int64_t full = features / kPanel<A>, step = count * kPanel<A>, last = begin + count - 1;
   for (int64_t r = 0; r < count; ++r) {
     const T* row = source.row(begin + r);
@@ -62,7 +65,7 @@ inline void pack_rows(const RowSource<T>& source, int64_t begin, int64_t count, 
     RowSums<A> sums;
     auto copy = [&](int64_t p, auto chain) {
       const T* from = row + p * kPanel<A>;
-      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+      FASTAC_EACH (v, kTileVectors) {
         const Vec<A> x = Storage<T>::load(from + v * kLanes<A>);
         __builtin_prefetch(ahead + p * kPanel<A> + v * kLanes<A>, 0, 2);
         sums.sum[(chain + v) % 4] += x;
@@ -108,14 +111,17 @@ inline void pack_matrix(const T* rows, int64_t count, int64_t features, int64_t 
     for (int v = 0; v < kTileVectors; ++v) {
       const int64_t m = start + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
       const T* p = rows + r * features + m;
-      store_vector(out + v * kLanes<A>, left == kLanes<A> ? Storage<T>::load(p) : left > 0 ? load_partial(p, left) : Vec<A>{});
+      store_vector(out + v * kLanes<A>, left == kLanes<A> ? Storage<T>::load(p)
+                                        : left > 0        ? load_partial(p, left)
+                                                          : Vec<A>{});
     }
 }
 
-// weight, one vector of units after the other and transposed: out[m][lane] = weight[first + lane][m], zero outside;
-// sums[lane] = sum_m weight[first + lane][m].
+// weight, one vector of units after the other and transposed: out[m][lane] = weight[first + lane][m], zero
+// outside; sums[lane] = sum_m weight[first + lane][m].
 template <typename T, typename A>
-inline void pack_transposed(const T* weight, int64_t units, int64_t features, int64_t first, A* out, A* sums) {
+inline void pack_transposed(const T* weight, int64_t units, int64_t features, int64_t first, A* out,
+                            A* sums) {
   const int64_t padded = panel_count<A>(features) * kPanel<A>, valid = std::min(kLanes<A>, units - first);
   Vec<A> total = {};
   for (int64_t m0 = 0; m0 < padded; m0 += kLanes<A>) {
@@ -123,7 +129,9 @@ inline void pack_transposed(const T* weight, int64_t units, int64_t features, in
     const int64_t left = std::min(kLanes<A>, features - m0);
     for (int64_t i = 0; i < kLanes<A>; ++i) {
       const T* p = weight + (first + i) * features + m0;
-      block[i] = i >= valid || left <= 0 ? Vec<A>{} : left == kLanes<A> ? Storage<T>::load(p) : load_partial(p, left);
+      block[i] = i >= valid || left <= 0 ? Vec<A>{}
+                 : left == kLanes<A>     ? Storage<T>::load(p)
+                                         : load_partial(p, left);
     }
     transpose_block<A>(block);
     for (int64_t m = 0; m < kLanes<A>; ++m) {
@@ -134,7 +142,8 @@ inline void pack_transposed(const T* weight, int64_t units, int64_t features, in
   store_vector(sums, total);
 }
 
-// Brings memory that is about to be read into the second-level cache, a few lines at every step of another computation.
+// Brings memory that is about to be read into the second-level cache, a few lines at every step of another
+// computation.
 class Prefetch {
  public:
   void start(const void* p, int64_t bytes, int64_t steps) {
@@ -160,23 +169,24 @@ constexpr int64_t kStreamBytes = 16 << 20;  // results at least this large are s
 template <typename T>
 inline bool streams(const void* p, int64_t features, int64_t bytes) {
   using A = typename Accumulator<T>::type;
-  return kCanStream && std::is_same_v<T, A> && bytes >= kStreamBytes && features * int64_t(sizeof(T)) % FASTAC_VECTOR_BYTES == 0 &&
+  return kCanStream && std::is_same_v<T, A> && bytes >= kStreamBytes &&
+         features * int64_t(sizeof(T)) % FASTAC_VECTOR_BYTES == 0 &&
          reinterpret_cast<uintptr_t>(p) % FASTAC_VECTOR_BYTES == 0;
 }
 
 // One panel of a row of y or dx from registers to user memory.
 template <typename T, typename A>
-inline __attribute__((always_inline)) void store_panel(T* row, int64_t panel, int64_t features, const Vec<A>* value,
-                                                       bool stream) {
+inline __attribute__((always_inline)) void store_panel(T* row, int64_t panel, int64_t features,
+                                                       const Vec<A>* value, bool stream) {
   const int64_t start = panel * kPanel<A>;
   if constexpr (std::is_same_v<T, A>) {
     if (stream && start + kPanel<A> <= features) {
-      FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) stream_vector(row + start + v * kLanes<A>, value[v]);
+      FASTAC_EACH (v, kTileVectors) stream_vector(row + start + v * kLanes<A>, value[v]);
       return;
     }
   }
   if (start + kPanel<A> <= features) {
-    FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) Storage<T>::store(row + start + v * kLanes<A>, value[v]);
+    FASTAC_EACH (v, kTileVectors) Storage<T>::store(row + start + v * kLanes<A>, value[v]);
     return;
   }
   for (int v = 0; v < kTileVectors; ++v) {

@@ -1,14 +1,17 @@
-// Scores of a block of positions and their softmax over positions. Scores are kept as S[position][unit], so that the
-// softmax runs down the rows with one unit per lane. Included inside an anonymous namespace.
+// Scores of a block of positions and their softmax over positions. Scores are kept as S[position][unit], so
+// that the softmax runs down the rows with one unit per lane. Included inside an anonymous namespace.
 
-// A score is summed in runs of this many features, since the rounding error of one long chain of additions grows with it.
+// A score is summed in runs of this many features, since the rounding error of one long chain of additions
+// grows with it.
 constexpr int64_t kScoreRun = 256;
 
 // S[r, n] = sum_m x[r, m] weight[n, m] (Eq. 4) for r < rows and the units of `vectors` packed vectors.
 template <typename A>
-inline void score_block(const A* panels, const A* offset, int64_t rows, int64_t features, const A* packed_weight,
-                        const A* weight_sums, int64_t vectors, A* scores, int64_t stride) {
-  const int64_t count = panel_count<A>(features), padded = count * kPanel<A>, run_panels = kScoreRun / kPanel<A>;
+inline void score_block(const A* panels, const A* offset, int64_t rows, int64_t features,
+                        const A* packed_weight, const A* weight_sums, int64_t vectors, A* scores,
+                        int64_t stride) {
+  const int64_t count = panel_count<A>(features), padded = count * kPanel<A>,
+                run_panels = kScoreRun / kPanel<A>;
   auto run = [&](int64_t first, auto width) {
     constexpr int kWidth = decltype(width)::value;
     balanced(rows, kTileRows, [&](int64_t r0, int64_t n) {
@@ -27,7 +30,8 @@ inline void score_block(const A* panels, const A* offset, int64_t rows, int64_t 
             for (int v = 0; v < kWidth; ++v) {
               const int64_t at = (first + v) * kLanes<A>;
               A* s = scores + (r0 + i) * stride + at;
-              store_vector(s, tile.acc[i][v] + (starts ? load_vector(weight_sums + at) * offset[r0 + i] : load_vector(s)));
+              store_vector(s, tile.acc[i][v] +
+                                  (starts ? load_vector(weight_sums + at) * offset[r0 + i] : load_vector(s)));
             }
         }
       });
@@ -38,7 +42,8 @@ inline void score_block(const A* panels, const A* offset, int64_t rows, int64_t 
   for (; v < vectors; ++v) run(v, std::integral_constant<int, 1>{});
 }
 
-// Where the scores of a call come from when they are not computed: scores given, or saved by the forward pass.
+// Where the scores of a call come from when they are not computed: scores given, or saved by the forward
+// pass.
 template <typename A>
 struct ScoreSource {
   const A* base;
@@ -49,7 +54,8 @@ template <typename A>
 inline void gather_scores(const ScoreSource<A>& source, const int64_t* position, int64_t begin, int64_t rows,
                           int64_t unit_begin, int64_t units, A* scores, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    const A* row = source.base + (position ? position[begin + r] : begin + r) * source.position_stride + unit_begin * source.unit_stride;
+    const A* row = source.base + (position ? position[begin + r] : begin + r) * source.position_stride +
+                   unit_begin * source.unit_stride;
     A* out = scores + r * stride;
     if (source.unit_stride == 1) {
       std::memcpy(out, row, units * sizeof(A));
@@ -61,16 +67,16 @@ inline void gather_scores(const ScoreSource<A>& source, const int64_t* position,
 }
 
 template <typename A>
-inline void add_position_bias(const A* bias, int64_t max_length, const int64_t* position, int64_t begin, int64_t rows,
-                              int64_t units, A* scores, int64_t stride) {
+inline void add_position_bias(const A* bias, int64_t max_length, const int64_t* position, int64_t begin,
+                              int64_t rows, int64_t units, A* scores, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     const A* column = bias + (position ? position[begin + r] : begin + r);
     for (int64_t n = 0; n < units; ++n) scores[r * stride + n] += column[n * max_length];
   }
 }
 
-// Running softmax of every unit: after a block, S holds exp(S - max), `max` and `sum` include the block, `offset_sum` is
-// sum_l exp(s - max) offset_l, and `scale` is what earlier sums were multiplied by.
+// Running softmax of every unit: after a block, S holds exp(S - max), `max` and `sum` include the block,
+// `offset_sum` is sum_l exp(s - max) offset_l, and `scale` is what earlier sums were multiplied by.
 template <typename A>
 struct RunningSoftmax {
   A *max, *sum, *offset_sum, *scale;  // (vectors * lanes)

@@ -1,60 +1,64 @@
-// Register tiles: the only loops that matter. A tile is `Rows` x kTileVectors accumulators that stay in registers while
-// the sum runs; rows are scalars broadcast from memory, columns are vectors. Included inside an anonymous namespace.
+// Register tiles: the only loops that matter. A tile is `Rows` x kTileVectors accumulators that stay in
+// registers while the sum runs; rows are scalars broadcast from memory, columns are vectors. Included inside
+// an anonymous namespace.
 //
-// Panels: a matrix of `rows` x M is kept as [M / kPanel][rows][kPanel], zero beyond M, so that whatever a tile touches
-// is contiguous and aligned whatever M is.
+// Panels: a matrix of `rows` x M is kept as [M / kPanel][rows][kPanel], zero beyond M, so that whatever a
+// tile touches is contiguous and aligned whatever M is.
 
 constexpr int kTileRows = FASTAC_TILE_ROWS;
 constexpr int kTileVectors = FASTAC_TILE_VECTORS;
 template <typename A>
 constexpr int64_t kPanel = kTileVectors * kLanes<A>;
 
-#define FASTAC_UNROLL _Pragma("GCC unroll 32")
+// A loop over a small constant range that must be unrolled for its arrays to live in registers.
+#define FASTAC_EACH(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); ++i)
 
 template <typename A, int Rows, int Vectors>
 struct Tile {
   Vec<A> acc[Rows][Vectors];
 
   inline __attribute__((always_inline)) void fill(A value) {
-    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] =
-        broadcast<A>(value);
+    FASTAC_EACH (r, Rows)
+      FASTAC_EACH (v, Vectors) acc[r][v] = broadcast<A>(value);
   }
 
   inline __attribute__((always_inline)) void fill_rows(const A* value) {
-    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] =
-        broadcast<A>(value[r]);
+    FASTAC_EACH (r, Rows)
+      FASTAC_EACH (v, Vectors) acc[r][v] = broadcast<A>(value[r]);
   }
   inline __attribute__((always_inline)) void scale_columns(const A* factor) {
-    FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) {
+    FASTAC_EACH (v, Vectors) {
       const Vec<A> f = load_vector(factor + v * kLanes<A>);
-      FASTAC_UNROLL for (int r = 0; r < Rows; ++r) acc[r][v] *= f;
+      FASTAC_EACH (r, Rows) acc[r][v] *= f;
     }
   }
 
   // Rows of one panel, kPanel apart.
   inline __attribute__((always_inline)) void load(const A* from) {
-    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] =
-        load_vector(from + r * kPanel<A> + v * kLanes<A>);
+    FASTAC_EACH (r, Rows)
+      FASTAC_EACH (v, Vectors) acc[r][v] = load_vector(from + r * kPanel<A> + v * kLanes<A>);
   }
   inline __attribute__((always_inline)) void store(A* to) const {
-    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v)
-        store_vector(to + r * kPanel<A> + v * kLanes<A>, acc[r][v]);
+    FASTAC_EACH (r, Rows)
+      FASTAC_EACH (v, Vectors) store_vector(to + r * kPanel<A> + v * kLanes<A>, acc[r][v]);
   }
   inline __attribute__((always_inline)) void scale_rows(const A* factor) {
-    FASTAC_UNROLL for (int r = 0; r < Rows; ++r) FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] *= factor[r];
+    FASTAC_EACH (r, Rows)
+      FASTAC_EACH (v, Vectors) acc[r][v] *= factor[r];
   }
 
-  // acc[r, v] += sum_k row[k * row_step + r * RowStride] * column[k * column_step + v * vector_stride + lanes]
+  // acc[r, v] += sum_k row[k * row_step + r * RowStride] * column[k * column_step + v * vector_stride +
+  // lanes]
   template <int64_t RowStride>
   inline __attribute__((always_inline)) void multiply_add(const A* row, int64_t row_step, const A* column,
                                                           int64_t column_step, int64_t count,
                                                           int64_t vector_stride = kLanes<A>) {
     for (int64_t k = 0; k < count; ++k) {
       Vec<A> b[Vectors];
-      FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) b[v] = load_vector(column + v * vector_stride);
-      FASTAC_UNROLL for (int r = 0; r < Rows; ++r) {
+      FASTAC_EACH (v, Vectors) b[v] = load_vector(column + v * vector_stride);
+      FASTAC_EACH (r, Rows) {
         Vec<A> a = broadcast<A>(row[r * RowStride]);
-        FASTAC_UNROLL for (int v = 0; v < Vectors; ++v) acc[r][v] += a * b[v];
+        FASTAC_EACH (v, Vectors) acc[r][v] += a * b[v];
       }
       row += row_step;
       column += column_step;
@@ -85,8 +89,8 @@ inline void balanced(int64_t total, int64_t limit, F&& f) {
 // Dot tiles: both operands run along M, so the sum over M is kept in lanes and folded once at the end.
 constexpr int kDotTile = FASTAC_DOT_TILE;
 
-// The two halves of a butterfly between vectors `Step` apart: a keeps its lanes where bit `Step` of the lane is 0 and takes
-// the partner lanes of b elsewhere (near); what is left over of both is far.
+// The two halves of a butterfly between vectors `Step` apart: a keeps its lanes where bit `Step` of the lane
+// is 0 and takes the partner lanes of b elsewhere (near); what is left over of both is far.
 template <typename A, int Step, int64_t... Lane>
 inline __attribute__((always_inline)) void exchange(Vec<A> a, Vec<A> b, Vec<A>& near, Vec<A>& far,
                                                     std::integer_sequence<int64_t, Lane...>) {
@@ -107,7 +111,7 @@ inline __attribute__((always_inline)) Vec<A> fold(const Vec<A>* v) {
   } else {
     constexpr int kPairs = kLanes<A> / Step / 2;
     Vec<A> half[kPairs];
-    FASTAC_UNROLL for (int i = 0; i < kPairs; ++i) {
+    FASTAC_EACH (i, kPairs) {
       Vec<A> near, far;
       exchange<A, Step>(v[2 * i], v[2 * i + 1], near, far, std::make_integer_sequence<int64_t, kLanes<A>>{});
       half[i] = near + far;
@@ -131,12 +135,13 @@ inline A horizontal_sum(Vec<A> v) {
 template <typename A, int Count>
 inline __attribute__((always_inline)) void fold_all(const Vec<A>* v, A* sums) {
   constexpr int kWidth = kLanes<A>, kFolds = (Count + kWidth - 1) / kWidth;
-  FASTAC_UNROLL for (int f = 0; f < kFolds; ++f) {
+  FASTAC_EACH (f, kFolds) {
     Vec<A> group[kWidth];
-    FASTAC_UNROLL for (int i = 0; i < kWidth; ++i) group[i] = f * kWidth + i < Count ? v[(f * kWidth + i) % Count] : Vec<A>{};
+    FASTAC_EACH (i, kWidth) group[i] = f * kWidth + i < Count ? v[(f * kWidth + i) % Count] : Vec<A>{};
     A folded[kWidth];
     store_vector(folded, fold<A>(group));
-    FASTAC_UNROLL for (int i = 0; i < kWidth; ++i) if (f * kWidth + i < Count) sums[f * kWidth + i] = folded[i];
+    FASTAC_EACH (i, kWidth)
+      if (f * kWidth + i < Count) sums[f * kWidth + i] = folded[i];
   }
 }
 
@@ -144,26 +149,30 @@ inline __attribute__((always_inline)) void fold_all(const Vec<A>* v, A* sums) {
 template <typename A, int Step = 1>
 inline __attribute__((always_inline)) void transpose_block(Vec<A>* v) {
   if constexpr (Step < kLanes<A>) {
-    FASTAC_UNROLL for (int i = 0; i < kLanes<A>; ++i) if ((i & Step) == 0) {
-      Vec<A> near, far;
-      exchange<A, Step>(v[i], v[i + Step], near, far, std::make_integer_sequence<int64_t, kLanes<A>>{});
-      v[i] = near;
-      v[i + Step] = far;
-    }
+    FASTAC_EACH (i, kLanes<A>)
+      if ((i & Step) == 0) {
+        Vec<A> near, far;
+        exchange<A, Step>(v[i], v[i + Step], near, far, std::make_integer_sequence<int64_t, kLanes<A>>{});
+        v[i] = near;
+        v[i + Step] = far;
+      }
     transpose_block<A, 2 * Step>(v);
   }
 }
 
-// out[c * out_stride + r] = in[r * in_stride + c] for whole blocks of lanes that cover rows x columns; both strides are
-// multiples of the lanes, `in` may be read to the end of a block of rows.
+// out[c * out_stride + r] = in[r * in_stride + c] for whole blocks of lanes that cover rows x columns; both
+// strides are multiples of the lanes, `in` may be read to the end of a block of rows.
 template <typename A>
-inline void transpose(const A* in, int64_t in_stride, int64_t rows, int64_t columns, A* out, int64_t out_stride) {
+inline void transpose(const A* in, int64_t in_stride, int64_t rows, int64_t columns, A* out,
+                      int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += kLanes<A>)
     for (int64_t c = 0; c < columns; c += kLanes<A>) {
       Vec<A> block[kLanes<A>];
-      FASTAC_UNROLL for (int i = 0; i < kLanes<A>; ++i) block[i] = r + i < rows ? load_vector(in + (r + i) * in_stride + c) : Vec<A>{};
+      FASTAC_EACH (i, kLanes<A>)
+        block[i] = r + i < rows ? load_vector(in + (r + i) * in_stride + c) : Vec<A>{};
       transpose_block<A>(block);
-      FASTAC_UNROLL for (int i = 0; i < kLanes<A>; ++i) if (c + i < columns) store_vector(out + (c + i) * out_stride + r, block[i]);
+      FASTAC_EACH (i, kLanes<A>)
+        if (c + i < columns) store_vector(out + (c + i) * out_stride + r, block[i]);
     }
 }
 
@@ -172,33 +181,34 @@ template <typename A, int P, int Q>
 void dot_tile(const A* p, int64_t p_panel, const A* q, int64_t q_panel, int64_t panels, A* sums, bool first) {
   Vec<A> acc[P * Q];
   if (first) {
-    FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = Vec<A>{};
+    FASTAC_EACH (i, P * Q) acc[i] = Vec<A>{};
   } else {
-    FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = load_vector(sums + i * kLanes<A>);
+    FASTAC_EACH (i, P * Q) acc[i] = load_vector(sums + i * kLanes<A>);
   }
   for (int64_t panel = 0; panel < panels; ++panel) {
-    FASTAC_UNROLL for (int v = 0; v < kTileVectors; ++v) {
+    FASTAC_EACH (v, kTileVectors) {
       Vec<A> b[Q];
-      FASTAC_UNROLL for (int j = 0; j < Q; ++j) b[j] = load_vector(q + j * kPanel<A> + v * kLanes<A>);
-      FASTAC_UNROLL for (int i = 0; i < P; ++i) {
+      FASTAC_EACH (j, Q) b[j] = load_vector(q + j * kPanel<A> + v * kLanes<A>);
+      FASTAC_EACH (i, P) {
         Vec<A> a = load_vector(p + i * kPanel<A> + v * kLanes<A>);
-        FASTAC_UNROLL for (int j = 0; j < Q; ++j) acc[i * Q + j] += a * b[j];
+        FASTAC_EACH (j, Q) acc[i * Q + j] += a * b[j];
       }
     }
     p += p_panel;
     q += q_panel;
   }
-  FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) store_vector(sums + i * kLanes<A>, acc[i]);
+  FASTAC_EACH (i, P * Q) store_vector(sums + i * kLanes<A>, acc[i]);
 }
 
 // out[j * out_stride + i] = the sum of the lanes of acc[i * Q + j].
 template <typename A, int P, int Q>
 void dot_finish(const A* sums, A* out, int64_t out_stride) {
   Vec<A> acc[P * Q];
-  FASTAC_UNROLL for (int i = 0; i < P * Q; ++i) acc[i] = load_vector(sums + i * kLanes<A>);
+  FASTAC_EACH (i, P * Q) acc[i] = load_vector(sums + i * kLanes<A>);
   A folded[P * Q];
   fold_all<A, P * Q>(acc, folded);
-  FASTAC_UNROLL for (int i = 0; i < P; ++i) FASTAC_UNROLL for (int j = 0; j < Q; ++j) out[j * out_stride + i] = folded[i * Q + j];
+  FASTAC_EACH (i, P)
+    FASTAC_EACH (j, Q) out[j * out_stride + i] = folded[i * Q + j];
 }
 
 template <typename A>
@@ -217,22 +227,23 @@ inline const DotKernel<A>& dot_kernel(int64_t p, int64_t q) {
   return kTable[(p - 1) * kDotTile + q - 1];
 }
 
-// Bytes of one operand's rows that a dot tile runs over before it moves on: two such operands fit a first-level cache.
+// Bytes of one operand's rows that a dot tile runs over before it moves on: two such operands fit a
+// first-level cache.
 constexpr int64_t kDotBytes = 16 << 10;
 
 // out[j * out_stride + i] = sum_m p[i, m] * q[j, m] for i < count <= kDotTile and j < rows. `sums` holds
 // dot_sums(rows) numbers; `between` is called once per tile.
 template <typename A, typename F>
-inline void dot_rows(const A* p, int64_t p_panel, int64_t count, const A* q, int64_t rows, int64_t panels, A* sums, A* out,
-                     int64_t out_stride, F&& between) {
+inline void dot_rows(const A* p, int64_t p_panel, int64_t count, const A* q, int64_t rows, int64_t panels,
+                     A* sums, A* out, int64_t out_stride, F&& between) {
   const int64_t run = std::max<int64_t>(1, kDotBytes / (kDotTile * kPanel<A> * int64_t(sizeof(A))));
   const int64_t q_panel = rows * kPanel<A>;
   balanced(panels, run, [&](int64_t first, int64_t length) {
     A* tile = sums;
     balanced(rows, kDotTile, [&](int64_t r0, int64_t n) {
       between();
-      dot_kernel<A>(count, n).accumulate(p + first * p_panel, p_panel, q + first * q_panel + r0 * kPanel<A>, q_panel, length,
-                                         tile, first == 0);
+      dot_kernel<A>(count, n).accumulate(p + first * p_panel, p_panel, q + first * q_panel + r0 * kPanel<A>,
+                                         q_panel, length, tile, first == 0);
       tile += kDotTile * kDotTile * kLanes<A>;
     });
   });
@@ -247,7 +258,8 @@ inline int64_t dot_sums(int64_t rows) {
   return (rows + kDotTile - 1) / kDotTile * kDotTile * kDotTile * kLanes<A>;
 }
 
-// Panel tiles: `Rows` consecutive rows of one panel in memory, out[r, :] = scale[r] * out[r, :] + sum_k row[k * row_step + r]
+// Panel tiles: `Rows` consecutive rows of one panel in memory, out[r, :] = scale[r] * out[r, :] + sum_k row[k
+// * row_step + r]
 // * column[k, :]. Functions of their own, so that nothing around them competes for registers.
 enum class Start { kZero, kLoad, kScale };
 

@@ -1,5 +1,6 @@
-// Vectors of the instruction set a file is compiled for, and loads and stores that convert from the storage type.
-// Included inside an anonymous namespace after the target pragma; FASTAC_VECTOR_BYTES says how wide a register is.
+// Vectors of the instruction set a file is compiled for, and loads and stores that convert from the storage
+// type. Included inside an anonymous namespace after the target pragma; FASTAC_VECTOR_BYTES says how wide a
+// register is.
 
 template <typename A>
 struct VecType {
@@ -47,7 +48,9 @@ typedef uint32_t VecU32 __attribute__((vector_size(FASTAC_VECTOR_BYTES)));
 typedef int32_t VecI32 __attribute__((vector_size(FASTAC_VECTOR_BYTES)));
 typedef uint16_t HalfVecU16 __attribute__((vector_size(FASTAC_VECTOR_BYTES / 2)));
 
-inline VecU32 broadcast_u32(uint32_t value) { return value - VecU32{}; }
+inline VecU32 broadcast_u32(uint32_t value) {
+  return value - VecU32{};
+}
 
 inline HalfVecU16 load_bits(const uint16_t* p) {
   HalfVecU16 v;
@@ -127,7 +130,8 @@ struct Storage<BFloat16> : HalfStorage<BFloat16> {};
 template <>
 struct Storage<Float16> : HalfStorage<Float16> {};
 
-// Stores past the caches, for results too large to stay there; to aligned memory, visible to others after stream_fence().
+// Stores past the caches, for results too large to stay there; to aligned memory, visible to others after
+// stream_fence().
 #if defined(__x86_64__)
 inline void stream_bytes(void* p, const void* value, std::integral_constant<int, 16>) {
   __m128i v;
@@ -148,7 +152,9 @@ inline void stream_bytes(void* p, const void* value, std::integral_constant<int,
   _mm512_stream_si512(static_cast<__m512i*>(p), v);
 }
 #endif
-inline void stream_fence() { _mm_sfence(); }
+inline void stream_fence() {
+  _mm_sfence();
+}
 constexpr bool kCanStream = true;
 #else
 template <int Bytes>
@@ -164,8 +170,9 @@ inline void stream_vector(T* p, Vec<T> v) {
   stream_bytes(p, &v, std::integral_constant<int, FASTAC_VECTOR_BYTES>{});
 }
 
-// The first `count` <= kLanes elements; the rest of the vector is zero, respectively memory beyond is left alone.
-// The last columns of every row come this way, so AVX-512 does it with a mask; elsewhere it goes through a buffer.
+// The first `count` <= kLanes elements; the rest of the vector is zero, respectively memory beyond is left
+// alone. The last columns of every row come this way, so AVX-512 does it with a mask; elsewhere it goes
+// through a buffer.
 #if FASTAC_VECTOR_BYTES == 64
 inline Vec<float> load_partial(const float* p, int64_t count) {
   return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
@@ -231,10 +238,20 @@ inline Vec<double> exponential(Vec<double> x) {
   Vec<double> n = shifted - 0x1.8p52;
   Vec<double> r = clamped - n * 6.93147180369123816490e-01;
   r = r - n * 1.90821492927058770002e-10;
-  constexpr double kInverseFactorial[] = {1.0 / 6227020800.0, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
-                                          1.0 / 362880,       1.0 / 40320,     1.0 / 5040,     1.0 / 720,
-                                          1.0 / 120,          1.0 / 24,        1.0 / 6,        0.5,
-                                          1.0,                1.0};
+  constexpr double kInverseFactorial[] = {1.0 / 6227020800.0,
+                                          1.0 / 479001600,
+                                          1.0 / 39916800,
+                                          1.0 / 3628800,
+                                          1.0 / 362880,
+                                          1.0 / 40320,
+                                          1.0 / 5040,
+                                          1.0 / 720,
+                                          1.0 / 120,
+                                          1.0 / 24,
+                                          1.0 / 6,
+                                          0.5,
+                                          1.0,
+                                          1.0};
   Vec<double> p = broadcast(kInverseFactorial[0]);
   for (int i = 1; i < 14; ++i) p = p * r + kInverseFactorial[i];
   VecI64 exponent = (VecI64)shifted - (VecI64)broadcast(0x1.8p52) + 1023;
