@@ -98,7 +98,7 @@ sanitize: build
 		$(CURDIR)/$(PY) -c 'import fastac._native as n; print(n.PATH); assert n.available, n.why_not' | \
 			grep -F $(SANITIZED) && \
 		$(CURDIR)/$(VENV)/bin/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR) -m "not full" \
-		-p no:cacheprovider $(addprefix --ignore=$(CURDIR)/tests/,test_compile.py test_packaging.py \
+		-p no:cacheprovider --capture=sys $(addprefix --ignore=$(CURDIR)/tests/,test_compile.py test_native.py test_packaging.py \
 		test_import.py test_demo.py test_data.py) $(SANITIZE_ARGS) $(CURDIR)/tests
 
 cross: $(VENV)/.torch

@@ -39,6 +39,11 @@ Tensor allocate_like(const Tensor& t) {
   return fastac::allocate(sizes.data(), int64_t(sizes.size()), t.scalar_type());
 }
 
+// The pointer of an empty tensor may be null, which memset does not accept.
+void clear(const Tensor& t) {
+  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
+}
+
 Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
@@ -256,9 +261,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Optional& weig
                                  : allocate({x.size(0), x.size(1), problem.units}, call.acc());
   // What the kernels leave alone is defined all the same: norms without a shift, scores of excluded
   // positions.
-  if (!problem.shift) std::memset(stats.mutable_data_ptr(), 0, size_t(stats.numel()) * stats.element_size());
-  if (save && (lengths || mask || offsets))
-    std::memset(saved.mutable_data_ptr(), 0, size_t(saved.numel()) * saved.element_size());
+  if (!problem.shift) clear(stats);
+  if (save && (lengths || mask || offsets)) clear(saved);
   const ForwardOutputs out{y.mutable_data_ptr(), stats.mutable_data_ptr(),
                            save ? saved.mutable_data_ptr() : nullptr};
   cpu::kernels().forward(problem, out, parallel_for);
@@ -269,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Optional& weig
 Tensor zeros(const Tensor& like, ScalarType acc) {
   const auto sizes = like.sizes();
   Tensor t = fastac::allocate(sizes.data(), int64_t(sizes.size()), acc);
-  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
+  clear(t);
   return t;
 }
 

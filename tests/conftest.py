@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: seeded numbers, backends under every instruction set, and the report header."""
+"""Fixtures of the whole suite: seeded numbers, backends under every instruction set, the report header."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def native(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 @pytest.fixture(params=[BACKENDS[0], *NATIVE[-1:]], ids=str)
 def each_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend once, the native one with the widest instruction set: for tests of what lies above the kernels."""
+    """Each backend, the native one with the widest instruction set only: for what lies above the kernels."""
     with request.param.active(guarded="unguarded" not in request.keywords) as active:
         yield active
 
@@ -81,15 +81,13 @@ def widest(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield active
 
 
-@pytest.fixture
-def one_thread(threads: None) -> None:
-    """For thousands of tiny calls, where waking a second thread is most of the time."""
-    torch.set_num_threads(1)
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread, unless a test sets more: on tiny operands a second one spins, which slows a busy machine.
 
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts torch's thread count back after a test that changes it."""
+    That results do not depend on the number of threads has tests of its own, so nothing is left out here.
+    """
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

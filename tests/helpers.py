@@ -1,8 +1,8 @@
 """What the operator tests share: cases, peers, the error bound, and the list of backends.
 
 A case is a set of operands. It is computed four times: by the backend under test, by `fastac.reference` in
-float64 (the truth), by `plain` in the dtype of the case, and by `plain` in float32 with every result rounded to
-that dtype. `check` bounds the error of the first by the errors of the last two.
+float64 (the truth), by `plain` in the dtype of the case, and by `plain` in float32 with every result rounded
+to that dtype. `check` bounds the error of the first by the errors of the last two.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Case:
 
 
 def make_features(kind: str, B: int, L: int, M: int, dtype: torch.dtype) -> Tensor:
-    """Local features (B, L, M) of one of the kinds in `FEATURES`, or "centred": every set's mean taken off."""
+    """Local features (B, L, M) of a kind in `FEATURES`, or "centred": every set's mean taken off."""
     g = torch.randn(B, L, M, dtype=torch.float64)
     if kind == "relu":
         g = g.relu()
@@ -127,7 +127,7 @@ def make_case(
     features: str = "plain",
     empty: bool = False,
 ) -> Case:
-    """A random case. "cancel" features come with β = -α·offset(1 + 1e-3 noise), so that u is far smaller than α·z."""
+    """A random case. "cancel" features come with β = -α·offset, so that u is far smaller than α·z."""
     x = make_features(features, B, L, M, dtype)
     case = Case(x)
     if weighting in ("fc1", "position_bias"):
@@ -161,7 +161,7 @@ def make_case(
 
 
 def pack(case: Case, lengths: Tensor, trailing: int = 0) -> Case:
-    """The packed case of a padded one: x (T, M), scores (N, T), `trailing` rows of noise after offsets[-1]."""
+    """The packed case of a padded one: x (T, M), scores (N, T), `trailing` rows of noise at the end."""
     keep = torch.arange(case.x.size(1)) < lengths[:, None]
     x = torch.cat([case.x[keep], torch.randn(trailing, case.x.size(2)).to(case.x.dtype)])
     scores = case.scores
@@ -182,7 +182,7 @@ def pad(
     mask: Tensor | None,
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x (B, L, M) and scores (B, N, L) with excluded positions set to 0, and valid (B, L), from any layout."""
+    """x (B, L, M) and scores (B, N, L), excluded positions set to 0, and valid (B, L), from any layout."""
     if offsets is not None:
         sizes = offsets.diff()
         steps = torch.arange(int(sizes.max()) if sizes.numel() else 0)
@@ -205,7 +205,7 @@ def pad(
 
 
 def plain_parts(case: Case, jitter: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x, the weights a (B, N, L), u (B, N, M), the norm (B, N, 1) and y, as a user would write them in eager torch.
+    """x, the weights a (B, N, L), u (B, N, M), the norm (B, N, 1) and y, as one writes them in eager torch.
 
     `jitter` adds noise to u, relative to its terms |α·z| and |β|.
     """
@@ -258,7 +258,7 @@ def run(
     dy: Tensor | None = None,
     wanted: tuple[str, ...] | None = None,
 ) -> Results:
-    """y and, if dy is given, the gradients ("dx", "dweight", …) of the operands in `wanted` (default: all given)."""
+    """y and, if dy is given, the gradients ("dx", ...) of the operands in `wanted` (default: all given)."""
     if dy is None:
         with torch.no_grad():
             return {"y": call(case)}
@@ -280,7 +280,7 @@ def peers(case: Case, dy: Tensor | None, wanted: tuple[str, ...] | None = None) 
 
 
 def term_sizes(case: Case, dy: Tensor | None) -> Results:
-    """Float64 sums of the absolute values of the terms of each result (padded layout): its scale before cancellation.
+    """Sums of the absolute values of the terms of each result, in float64: its scale before cancellation.
 
     A dot product of n terms is known to about eps · Σ|terms|, whatever is left of it after cancellation.
     """
@@ -323,10 +323,10 @@ def term_sizes(case: Case, dy: Tensor | None) -> Results:
 
 
 def rounding_noise(case: Case, dy: Tensor | None, exact: Results) -> Results:
-    """What two unavoidable roundings do to each result, in float64: the floor that a cancelling u = α·z + β needs.
+    """What two unavoidable roundings do to each result, in float64: the floor for a u that cancels.
 
-    u itself is rounded in the accumulation type, relative to |α·z| + |β|. In half types the backward starts from y as
-    it was rounded, which reaches dα and dβ, sums of B·M signed terms, through û(û·dY).
+    u = α·z + β is rounded in the accumulation type, relative to |α·z| + |β|. Half types start their backward
+    from y as it was rounded, which reaches dα and dβ, sums of B·M signed terms, through û(û·dY).
     """
     if case.alpha is None or case.beta is None:
         return {}
@@ -357,9 +357,9 @@ def rounding_noise(case: Case, dy: Tensor | None, exact: Results) -> Results:
 
 
 def sum_sizes(case: Case, dy: Tensor) -> Results:
-    """Twice the root sums of squares, in float64, of the terms of dα and dβ: what noise in those sums is relative to.
+    """Twice the root sums of squares of the terms of dα and dβ, in float64: the measure of their noise.
 
-    dβ = Σ dU·1 and dα = Σ dU·z, or -β/α·Σ dU·1 where |α| >= |β|; with shift on the two are equal, their terms are not.
+    dβ = Σ dU·1 and dα = Σ dU·z, or -β/α·Σ dU·1 where |α| >= |β|: the two are equal, their terms are not.
     """
     case = case.to(torch.float64)
     if case.alpha is None or case.beta is None:
@@ -389,8 +389,9 @@ def _largest(t: Tensor) -> float:
 
 MEASURES: Mapping[str, tuple[Callable[[Tensor], float], Mapping[torch.dtype, float]]] = {
     # Name: (size of a tensor, rounding floor in units of eps(dtype) · size of the truth).
-    # The root mean square of a rounding to nearest is about 0.2 eps, its maximum 0.5 eps: half types, whose peer
-    # is already one such rounding, get half of that on top. Float32 and float64 get the noise of a short sum.
+    # The root mean square of a rounding to nearest is about 0.2 eps, its maximum 0.5 eps: half types, whose
+    # peer is already one such rounding, get little on top. Float32 and float64 get the noise of a sum over L,
+    # whose order is the kernel's own: 4 eps, and four times that for the largest of some thousand values.
     "maximum": (
         _largest,
         {torch.float64: 16.0, torch.float32: 16.0, torch.bfloat16: 0.5, torch.float16: 0.5},
@@ -409,14 +410,14 @@ def check(
     noise: Results | None = None,
     floor: float = 1.0,
 ) -> None:
-    """Assert error(ours) <= 2 · error(peer) + floor for every result, every peer, in the maximum and rms measure.
+    """Assert error(ours) <= 2 · error(peer) + floor for every result and peer, in maximum and in rms.
 
     Args:
         ours: results of the backend under test, in the dtypes the user sees.
         exact: the same results in float64.
         others: the peers' results. One that is not finite is left out: it lends us no slack.
         dtype: dtype of x, whose eps is the unit of the floor.
-        terms: sizes that replace the truth's own size in the floor, by result, where cancellation is expected.
+        terms: sizes, by result, that the floor is relative to where they exceed the truth's own.
         noise: `NOISE` times this error, by result, is allowed on top (see `rounding_noise`).
         floor: factor on the floors of `MEASURES`.
     """
@@ -460,9 +461,9 @@ def check_case(
 ) -> Results:
     """Run `case` through `call` and hold it against the truth and the peers; return its results.
 
-    The gradients of α and β have one entry per unit, each a sum over B·M signed terms of which little may be left, so
-    their floor is relative to the noise of such a sum. With `all_terms` the floor of every result is relative to the
-    sum of its terms' absolute values: for tiny shapes, where a peer can be exact by luck.
+    The gradients of α and β have one entry per unit, each a sum over B·M signed terms of which little may be
+    left, so their floor is relative to the noise of such a sum. With `all_terms` the floor of every result is
+    relative to the sum of its terms' absolute values: for tiny shapes, where a peer can be exact by luck.
     """
     dy = case.dy() if backward else None
     ours = run(call, case, dy, wanted)
@@ -495,8 +496,8 @@ def assert_near(
 ) -> None:
     """Equality up to `eps` machine epsilons of `dtype`, relative to the largest value of each result.
 
-    With `terms` (see `term_sizes`) two orders of summation are allowed for: `eps` epsilons of the accumulation type,
-    relative to the terms, on top.
+    With `terms` (see `term_sizes`) two orders of summation are allowed for: `eps` epsilons of the accumulated
+    type, relative to the terms, on top.
     """
     assert ours.keys() == others.keys()
     acc = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -527,7 +528,7 @@ class Backend:
 
     @contextlib.contextmanager
     def active(self, *, guarded: bool = True) -> Iterator[Backend]:
-        """Force the instruction set, and poison and guard-band what the kernels allocate; assert no guard was hit."""
+        """Force the instruction set; poison and guard what the kernels allocate; assert no guard was hit."""
         if self.name != "cpu":
             yield self
             return
@@ -554,6 +555,6 @@ def _native_backends() -> list[Backend]:
 
 
 NATIVE = _native_backends()
-"""The native backend under each instruction set of this processor; empty only if FASTAC_NATIVE=0 asks for none."""
+"""The native backend under each instruction set of this processor; empty only if FASTAC_NATIVE=0."""
 BACKENDS = [Backend("reference"), *NATIVE]
 """Every backend the operator tests run on. A new one joins here."""

@@ -78,8 +78,10 @@ def test_sizes(backend: Backend, B: int, L: int, M: int, N: int, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], **IDS)
 def test_centred_frames(backend: Backend, dtype: torch.dtype) -> None:
-    """Frames centred per set, β = 0, nearly equal weights: ‖u‖ is a five-hundredth of ‖d‖. A norm from the Gram
-    identity loses the square of that."""
+    """Frames centred per set, β = 0, nearly equal weights: ‖u‖ is a small part of ‖d‖.
+
+    A norm from the Gram identity loses the square of that part.
+    """
     case = make_case(B=4, L=25, M=192, N=16, features="centred", dtype=dtype)
     assert case.weight is not None and case.beta is not None
     case = case.replace(weight=case.weight / 100, beta=torch.zeros_like(case.beta))
@@ -91,7 +93,7 @@ def test_centred_frames(backend: Backend, dtype: torch.dtype) -> None:
 
 
 def test_offset_features_keep_dweight(native: Backend) -> None:
-    """Features 5 ± 1e-3 in float32: Σ dS·x cancels to noise (700 % wrong in plain torch); Σ dS·(x − μ) does not."""
+    """Features 5 ± 1e-3 in float32: Σ dS·x cancels, Σ dS·(x - μ) does not."""
     case = make_case(B=4, L=25, M=192, N=16, features="offset")
     dy = case.dy()
     exact = run(truth, case.to(torch.float64), dy.double())["dweight"]
@@ -171,7 +173,7 @@ def _subsets(case: Case) -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @SHIFT
 def test_any_subset_of_gradients_is_the_same(backend: Backend, weighting: str, shift: bool) -> None:
-    """Frozen features included: what is not asked for is not computed, and what is asked for does not change."""
+    """Frozen features included: what is not asked for does not come, what is asked for does not change."""
     for dtype, layout in itertools.product((torch.float32, torch.bfloat16), ("padded", "packed")):
         case = make_case(weighting=weighting, shift=shift, dtype=dtype, layout=layout)
         dy = case.dy()

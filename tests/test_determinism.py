@@ -11,7 +11,7 @@ IDS = {"ids": lambda v: str(v).removeprefix("torch.")}
 
 
 def bags(dtype: torch.dtype) -> dict[str, Case]:
-    """Many sets, few sets, one long bag (its rows are split over threads), and ragged ones with a long set."""
+    """Many sets, few sets, one long bag (its rows are split over threads), ragged ones with a long set."""
     long = make_case(B=1, L=5000, M=67, N=5, dtype=dtype)
     uneven = torch.tensor([1, 2000, 0, 30, 31, 500, 3])
     return {
@@ -30,7 +30,6 @@ def bags(dtype: torch.dtype) -> dict[str, Case]:
     }
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 def test_bitwise_equal_for_any_thread_count(native: Backend, dtype: torch.dtype) -> None:
     for name, case in bags(dtype).items():
@@ -46,7 +45,6 @@ def test_bitwise_equal_for_any_thread_count(native: Backend, dtype: torch.dtype)
             assert_equal(alone, inference, f"at inference, between 1 and {threads} threads ({name})")
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 def test_bitwise_equal_from_run_to_run(native: Backend, dtype: torch.dtype) -> None:
     torch.set_num_threads(8)
@@ -59,7 +57,6 @@ def test_bitwise_equal_from_run_to_run(native: Backend, dtype: torch.dtype) -> N
             assert_equal(run(native, again, dy.clone()), first, f"in run {repeat} ({name})")
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 def test_frozen_features_are_deterministic(native: Backend, dtype: torch.dtype) -> None:
     for name in ("many sets", "long bag", "uneven, packed"):

@@ -134,7 +134,7 @@ def test_eps_does_not_vanish_in_half_types(backend: Backend, dtype: torch.dtype)
 
 
 def test_features_of_extreme_size(backend: Backend) -> None:
-    """Features of 1e-15 and 1e15 stay inside the range of their squares' float32 sum; β = 0 keeps u of that size."""
+    """The squares of 1e-15 and 1e15 are inside float32's range; β = 0 keeps u of that size."""
     case = make_case()
     for factor in (1e-15, 1e15):
         other = case.replace(x=case.x * factor, weight=torch.zeros(11, 67), beta=torch.zeros(11), eps=1e-30)

@@ -31,7 +31,7 @@ from helpers import (
 
 @functools.cache
 def _setup(dtype: torch.dtype) -> tuple[Case, Results, Results, list[Results]]:
-    """A case, the truth rounded to its dtype, the truth, and the peers. Shared by the tests, which change none."""
+    """A case, the truth rounded to its dtype, the truth, and the peers; no test changes them."""
     torch.manual_seed(0)
     case = make_case(dtype=dtype)
     dy = case.dy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -61,15 +62,15 @@ for size in (min(2, B), B):  # a first round wakes the threads and loads what is
     wanted = [t for t in tensors if t.requires_grad]
     backward, grads = peak(lambda: torch.autograd.grad(y, wanted, dy))
 nbytes = lambda *ts: sum(t.numel() * t.element_size() for t in ts)
-print(json.dumps(dict(inference=inference, forward=forward, backward=backward, x=nbytes(tensors[0]), y=nbytes(y),
-                      grads=nbytes(*grads))))
+sizes = dict(x=nbytes(tensors[0]), y=nbytes(y), grads=nbytes(*grads))
+print(json.dumps(dict(inference=inference, forward=forward, backward=backward) | sizes))
 """
 
 
-def measure(*arguments: object, isa: str | None = None) -> dict[str, int]:
+@functools.cache
+def measure(*arguments: object) -> dict[str, int]:
+    """Peaks and sizes in bytes, from a process of its own."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
-    if isa:
-        environment["FASTAC_CPU_ISA"] = isa
     found = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(arguments)],
         env=environment, capture_output=True, text=True, timeout=120, check=False,

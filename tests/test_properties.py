@@ -68,6 +68,17 @@ def test_inference_is_the_training_forward(native: Backend, case: Case) -> None:
     assert_equal({"y": run(native, case, case.dy())["y"]}, run(native, case))
 
 
+@given(case=cases(), threads=st.integers(2, 5))
+def test_the_number_of_threads_does_not_matter(native: Backend, case: Case, threads: int) -> None:
+    dy = case.dy()
+    results = run(native, case, dy)
+    torch.set_num_threads(threads)
+    try:
+        assert_equal(run(native, case, dy), results, f"between 1 and {threads} threads")
+    finally:
+        torch.set_num_threads(1)
+
+
 @given(case=cases(), data=st.data())
 def test_the_order_of_a_set_does_not_matter(backend: Backend, case: Case, data: st.DataObject) -> None:
     """Without position_bias a set is a set: permuting its positions permutes dx, and nothing else."""

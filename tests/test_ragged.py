@@ -33,7 +33,7 @@ def excluded_rows(case: Case) -> Tensor:
 
 
 def fill_excluded(case: Case, value: float) -> Case:
-    """`value` in every excluded position of x and of the scores, and in every column of position_bias past L."""
+    """`value` in every excluded position of x and the scores, and in the columns of position_bias past L."""
     rows = excluded_rows(case)
     changes = {"x": case.x.masked_fill(rows[..., None], value)}
     if case.scores is not None:
@@ -190,8 +190,10 @@ def test_all_scores_minus_infinity(backend: Backend, dtype: torch.dtype) -> None
         (0, 5, "packed"),
         (3, 0, "padded"),
         (3, 0, "lengths"),
-    ]
-    + [(3, 0, "mask"), (3, 0, "packed"), (0, 0, "padded")],
+        (3, 0, "mask"),
+        (3, 0, "packed"),
+        (0, 0, "padded"),
+    ],
 )
 def test_nothing_at_all(
     backend: Backend, B: int, L: int, layout: str, weighting: str, dtype: torch.dtype
@@ -251,7 +253,7 @@ def test_very_uneven_packed_sets(backend: Backend) -> None:
 
 
 def test_the_saved_statistics(native: Backend) -> None:
-    """The greatest valid score, the sum of exp(score - greatest), and ‖u‖ before eps; the scores themselves."""
+    """The greatest valid score, the sum of exp(score - greatest), ‖u‖ before eps, and the scores."""
     for weighting in WEIGHTINGS:
         case = make_case(weighting=weighting, layout="lengths", empty=True, M=640, N=4, dtype=torch.float64)
         assert case.lengths is not None and case.alpha is not None and case.beta is not None

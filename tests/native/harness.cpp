@@ -261,10 +261,12 @@ py::object isa(const std::string& name) {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (name == "avx2") return avx2 ? py::cast(Isa{fastac::probe::avx2}) : py::none();
   if (name == "avx512") return avx512 ? py::cast(Isa{fastac::probe::avx512}) : py::none();
+  if (name == "avx512_bf16") return avx512_bf16 ? py::cast(Isa{fastac::probe::avx512_bf16}) : py::none();
 #else
-  if (name == "avx2" || name == "avx512") return py::none();
+  if (name == "avx2" || name == "avx512" || name == "avx512_bf16") return py::none();
 #endif
   throw std::invalid_argument("no instruction set is called " + name);
 }

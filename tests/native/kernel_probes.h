@@ -1,6 +1,6 @@
 // The probes of one instruction set. The builder puts this in the place of kernels.h into a copy of each of
-// csrc/cpu/{baseline,avx2,avx512}.cpp, so that target pragma, vector width and tile sizes are the library's
-// own. FASTAC_PROBES is the name of the table.
+// csrc/cpu/{baseline,avx2,avx512,avx512_bf16}.cpp, so that target pragma, vector width and tile sizes are the
+// library's own. FASTAC_PROBES is the name of the table.
 
 namespace {
 
@@ -22,14 +22,10 @@ inline void with_accumulator(bool f64, F&& f) {
 template <typename F>
 inline void with_storage(DType type, F&& f) {
   switch (type) {
-    case DType::kFloat64:
-      return f(double{}, double{});
-    case DType::kFloat32:
-      return f(float{}, float{});
-    case DType::kBFloat16:
-      return f(BFloat16{}, float{});
-    case DType::kFloat16:
-      return f(Float16{}, float{});
+    case DType::kFloat64: return f(double{}, double{});
+    case DType::kFloat32: return f(float{}, float{});
+    case DType::kBFloat16: return f(BFloat16{}, float{});
+    case DType::kFloat16: return f(Float16{}, float{});
   }
 }
 

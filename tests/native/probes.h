@@ -66,6 +66,7 @@ extern const Probes baseline;
 #if defined(__x86_64__)
 extern const Probes avx2;
 extern const Probes avx512;
+extern const Probes avx512_bf16;
 #endif
 
 }  // namespace fastac::probe
