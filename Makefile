@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
 LIBRARY := fastac/_C.abi3.so
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+HARNESS := $(wildcard tests/native/*.cpp tests/native/*.h)
 PYTEST := $(PY) -m pytest
 CROSS_CXX ?= aarch64-linux-gnu-g++
 
@@ -77,7 +78,7 @@ lint: $(VENV)/.dev
 	@echo "== mypy"
 	@$(PY) -m mypy
 	@echo "== clang-format"
-	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) $(HARNESS)
 
 # The benchmarks start themselves again with the malloc settings they need; benchmarks/machine.py says why.
 bench: build $(VENV)/.dev

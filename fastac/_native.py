@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 PATH = Path(__file__).resolve().parent / "_C.abi3.so"
 ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")

@@ -231,13 +231,18 @@ class Forward {
       Tile<A, Rows, kTileVectors> tile;
       tile.fill_rows(scratch.shift + n0);
       if ((p + 1) * kPanel<A> > problem_.features) tile.scale_columns(last_panel_);
-      tile.template multiply_add<1>(scratch.scores + n0, stride, scratch.panels + p * rows * kPanel<A>,
-                                    kPanel<A>, rows);
+      // Half of the finished rows leave in the middle: the stores of a whole tile at once would queue up.
+      const A* panel = scratch.panels + p * rows * kPanel<A>;
+      const int64_t half = rows / 2;
+      tile.template multiply_add<1>(scratch.scores + n0, stride, panel, kPanel<A>, half);
+      write_pending(scratch.pending, kTileRows / 2);
+      tile.template multiply_add<1>(scratch.scores + n0 + half * stride, stride, panel + half * kPanel<A>,
+                                    kPanel<A>, rows - half);
       if (shift) {
         FASTAC_EACH (i, Rows)
           FASTAC_EACH (v, kTileVectors) squares[i] += tile.acc[i][v] * tile.acc[i][v];
         tile.store(u + p * Rows * kPanel<A>);
-        write_pending(pending, kTileRows);
+        write_pending(pending, kTileRows / 2);
       } else {
         T* y = y_row(set, unit);
         for (int i = 0; i < Rows; ++i)

@@ -34,17 +34,17 @@ struct Tile {
   }
 
   // Rows of one panel, kPanel apart.
-  inline __attribute__((always_inline)) void load(const A* from) {
-    FASTAC_EACH (r, Rows)
-      FASTAC_EACH (v, Vectors) acc[r][v] = load_vector(from + r * kPanel<A> + v * kLanes<A>);
-  }
   inline __attribute__((always_inline)) void store(A* to) const {
     FASTAC_EACH (r, Rows)
       FASTAC_EACH (v, Vectors) store_vector(to + r * kPanel<A> + v * kLanes<A>, acc[r][v]);
   }
-  inline __attribute__((always_inline)) void scale_rows(const A* factor) {
+  inline __attribute__((always_inline)) void add(const A* from) {
     FASTAC_EACH (r, Rows)
-      FASTAC_EACH (v, Vectors) acc[r][v] *= factor[r];
+      FASTAC_EACH (v, Vectors) acc[r][v] += load_vector(from + r * kPanel<A> + v * kLanes<A>);
+  }
+  inline __attribute__((always_inline)) void add(const A* from, const A* factor) {
+    FASTAC_EACH (r, Rows)
+      FASTAC_EACH (v, Vectors) acc[r][v] += load_vector(from + r * kPanel<A> + v * kLanes<A>) * factor[r];
   }
 
   // acc[r, v] += sum_k row[k * row_step + r * RowStride] * column[k * column_step + v * vector_stride +
@@ -266,12 +266,11 @@ enum class Start { kZero, kLoad, kScale };
 template <typename A, int Rows, Start From>
 void panel_tile(A* out, const A* scale, const A* row, int64_t row_step, const A* column, int64_t count) {
   Tile<A, Rows, kTileVectors> tile;
-  if constexpr (From == Start::kZero)
-    tile.fill(0);
-  else
-    tile.load(out);
-  if constexpr (From == Start::kScale) tile.scale_rows(scale);
+  tile.fill(0);
   tile.template multiply_add<1>(row, row_step, column, kPanel<A>, count);
+  // Added at the end, so that a long sum is a sum of short ones.
+  if constexpr (From == Start::kScale) tile.add(out, scale);
+  if constexpr (From == Start::kLoad) tile.add(out);
   tile.store(out);
 }
 

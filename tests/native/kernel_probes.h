@@ -137,7 +137,10 @@ void tile_probe(bool by_panel, const A* fill, const A* column_factor, const A* r
   Tile<A, Rows, Vectors> tile;
   tile.fill_rows(fill);
   tile.scale_columns(column_factor);
-  tile.scale_rows(row_factor);
+  alignas(64) A scaled[Rows * kPanel<A>];
+  tile.store(scaled);
+  tile.fill(0);
+  tile.add(scaled, row_factor);
   if (by_panel)
     tile.template multiply_add<kPanel<A>>(row, row_step, column, Vectors * kLanes<A>, count);
   else
