@@ -46,6 +46,7 @@ class Backward {
   }
 
  private:
+  static constexpr int64_t kSumRun = 4;
   static constexpr int64_t kPrefetchBytes = 192 << 10;  // of y and of dY each
 
   struct Scratch {
@@ -208,7 +209,9 @@ class Backward {
     parameter_gradients(scratch, segment, c);
   }
 
-  // dU = c (dY - u^ (u^ . dY)) of `Units` units into panels, with its sum over features.
+  // dU = c (dY - u^ (u^ . dY)) of `Units` units into panels, with its sum over features. What dalpha and
+  // dbeta are made of is a small rest of many signed terms, so its sums are sums of short ones: kSumRun
+  // panels at a time.
   template <int Units>
   void output_gradient(Scratch& scratch, int64_t set, int64_t first) const {
     const int64_t features = problem_.features, at = (set * units_ + first) * features;
@@ -217,10 +220,15 @@ class Backward {
     A dot[Units] = {};
     if (problem_.shift || needs_ds()) {
       Vec<A> sum[Units] = {};
-      for (int64_t m = 0; m < features; m += kLanes<A>) {
-        const int64_t left = std::min(kLanes<A>, features - m);
-        FASTAC_EACH (i, Units)
-          sum[i] += load_some(dy + i * features + m, left) * load_some(y + i * features + m, left);
+      for (int64_t begin = 0; begin < features; begin += kSumRun * kPanel<A>) {
+        Vec<A> run[Units] = {};
+        const int64_t end = std::min(begin + kSumRun * kPanel<A>, features);
+        for (int64_t m = begin; m < end; m += kLanes<A>) {
+          const int64_t left = std::min(kLanes<A>, end - m);
+          FASTAC_EACH (i, Units)
+            run[i] += load_some(dy + i * features + m, left) * load_some(y + i * features + m, left);
+        }
+        FASTAC_EACH (i, Units) sum[i] += run[i];
       }
       fold_all<A, Units>(sum, dot);
     }
@@ -243,19 +251,23 @@ class Backward {
     Vec<A> sum[Units] = {};
     const int64_t step = units_ * kPanel<A>;
     A* out = scratch.du + first * kPanel<A>;
-    for (int64_t p = 0; p < panels_; ++p, out += step)
-      for (int v = 0; v < kTileVectors; ++v) {
-        const int64_t m = p * kPanel<A> + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
-        FASTAC_EACH (i, Units) {
-          Vec<A> value = {};
-          if (left > 0) {
-            value = load_some(dy + i * features + m, left) * factor[i];
-            if (problem_.shift) value -= load_some(y + i * features + m, left) * project[i];
+    for (int64_t begin = 0; begin < panels_; begin += kSumRun) {
+      Vec<A> run[Units] = {};
+      for (int64_t p = begin; p < std::min(begin + kSumRun, panels_); ++p, out += step)
+        for (int v = 0; v < kTileVectors; ++v) {
+          const int64_t m = p * kPanel<A> + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
+          FASTAC_EACH (i, Units) {
+            Vec<A> value = {};
+            if (left > 0) {
+              value = load_some(dy + i * features + m, left) * factor[i];
+              if (problem_.shift) value -= load_some(y + i * features + m, left) * project[i];
+            }
+            run[i] += value;
+            store_vector(out + i * kPanel<A> + v * kLanes<A>, value);
           }
-          sum[i] += value;
-          store_vector(out + i * kPanel<A> + v * kLanes<A>, value);
         }
-      }
+      FASTAC_EACH (i, Units) sum[i] += run[i];
+    }
     fold_all<A, Units>(sum, scratch.du_sum + first);
   }
 

@@ -163,7 +163,7 @@ class Prefetch {
   int64_t stride_ = 0;
 };
 
-constexpr int64_t kStreamBytes = 64 << 20;  // results at least this large are stored past the caches
+constexpr int64_t kStreamBytes = 32 << 20;  // results at least this large are stored past the caches
 
 // Whether rows of `features` elements in `bytes` bytes of results are to be streamed.
 template <typename T>
