@@ -462,19 +462,24 @@ class Backward {
       clear(segment.end == 0 ? 0 : position ? position[segment.end - 1] + 1 : segment.end, sets.extent[set]);
   }
 
-  // dbeta = dU . 1; dalpha = dU . z = (dU . u - beta dU . 1) / alpha where that is the better conditioned of
-  // the two.
+  // dbeta = dU . 1; dalpha = dU . z, which with dU . u = 0 is also -beta dU . 1 / alpha. The second form is
+  // the better conditioned one, and exact for beta = 0, where |beta| is at most the size of alpha z; that is
+  // so where
+  // ||u|| / sqrt(M) >= 2 |beta|.
   void parameter_gradients(const Scratch& scratch, const cpu::Segment& segment, int64_t c) const {
     const bool first = segment.begin == 0;
+    const A root_features = std::sqrt(A(problem_.features));
     for (int64_t n = 0; n < units_; ++n) {
       if (dbeta_ && first) dbeta_[c * units_ + n] += scratch.du_sum[n];
       if (!dalpha_) continue;
       if (problem_.sets.length[segment.set] == 0) continue;  // z = 0
-      const bool divide = std::abs(alpha(n)) >= std::abs(beta(n)) && alpha(n) != 0;
-      if (!divide)
+      const A norm = stats(2, segment.set, n);
+      const bool through_beta =
+          alpha(n) != 0 && norm >= A(problem_.eps) && norm >= 2 * std::abs(beta(n)) * root_features;
+      if (!through_beta)
         dalpha_[c * units_ + n] += scratch.dalpha[n];
       else if (first)
-        dalpha_[c * units_ + n] += (scratch.du_u[n] - beta(n) * scratch.du_sum[n]) / alpha(n);
+        dalpha_[c * units_ + n] -= beta(n) * scratch.du_sum[n] / alpha(n);
     }
   }
 
