@@ -463,9 +463,8 @@ class Backward {
   }
 
   // dbeta = dU . 1; dalpha = dU . z, which with dU . u = 0 is also -beta dU . 1 / alpha. The second form is
-  // the better conditioned one, and exact for beta = 0, where |beta| is at most the size of alpha z; that is
-  // so where
-  // ||u|| / sqrt(M) >= 2 |beta|.
+  // the better conditioned one, and exact for beta = 0, where |beta| is at most the size of alpha z; with
+  // ||u|| / sqrt(M) >= 2 |beta| it is.
   void parameter_gradients(const Scratch& scratch, const cpu::Segment& segment, int64_t c) const {
     const bool first = segment.begin == 0;
     const A root_features = std::sqrt(A(problem_.features));

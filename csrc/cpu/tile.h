@@ -47,8 +47,7 @@ struct Tile {
       FASTAC_EACH (v, Vectors) acc[r][v] += load_vector(from + r * kPanel<A> + v * kLanes<A>) * factor[r];
   }
 
-  // acc[r, v] += sum_k row[k * row_step + r * RowStride] * column[k * column_step + v * vector_stride +
-  // lanes]
+  // acc[r, v] += sum_k row[k * row_step + r * RowStride] * column[k * column_step + v * vector_stride]
   template <int64_t RowStride>
   inline __attribute__((always_inline)) void multiply_add(const A* row, int64_t row_step, const A* column,
                                                           int64_t column_step, int64_t count,
@@ -258,9 +257,9 @@ inline int64_t dot_sums(int64_t rows) {
   return (rows + kDotTile - 1) / kDotTile * kDotTile * kDotTile * kLanes<A>;
 }
 
-// Panel tiles: `Rows` consecutive rows of one panel in memory, out[r, :] = scale[r] * out[r, :] + sum_k row[k
-// * row_step + r]
-// * column[k, :]. Functions of their own, so that nothing around them competes for registers.
+// Panel tiles: `Rows` consecutive rows of one panel in memory,
+//     out[r, :] = scale[r] * out[r, :] + sum_k row[k * row_step + r] * column[k, :].
+// Functions of their own, so that nothing around them competes for registers.
 enum class Start { kZero, kLoad, kScale };
 
 template <typename A, int Rows, Start From>

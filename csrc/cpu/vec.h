@@ -209,7 +209,7 @@ inline void store_partial(T* p, Vec<A> v, int64_t count) {
 }
 #endif
 
-// e^x by Cody-Waite reduction and a Taylor polynomial; 0 where the result is not normal, NaN stays NaN.
+// e^x by Cody-Waite reduction and a Taylor polynomial; 0 below -87 (double: -708), NaN stays NaN.
 inline Vec<float> exponential(Vec<float> x) {
   Vec<float> clamped = x < -88.0f ? broadcast(-88.0f) : x;
   Vec<float> shifted = clamped * 1.44269504f + 0x1.8p23f;
