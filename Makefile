@@ -8,18 +8,20 @@ PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints
 LIBRARY := fastac/_C.abi3.so
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 HARNESS := $(wildcard tests/native/*.cpp tests/native/*.h)
-PYTEST := $(PY) -m pytest
+PYTEST := $(PY) -m pytest --numprocesses auto --dist loadgroup
 CROSS_CXX ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test full lint bench sanitize cross clean distclean
+.PHONY: help build demo test full lint bench aot gpu sanitize cross clean distclean
 
 help:
 	@echo "make demo      train an attention cluster on handwritten digits and compare with plain torch (minutes)"
 	@echo "make test      build and run the tests (at most six minutes on two cores)"
 	@echo "make full      run every test, the long ones too"
 	@echo "make bench     measure against eager, torch.compile and scaled_dot_product_attention"
+	@echo "make aot       compile the Triton kernels for NVIDIA and AMD GPUs that need not be there (AOT_ARGS=--all: all)"
+	@echo "make gpu       on an NVIDIA GPU: tests, race repeats, benchmark; GPU_PYTHON=python3 uses that torch, no .venv"
 	@echo "make lint      ruff, mypy --strict and clang-format"
 	@echo "make sanitize  run the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make cross     compile the portable code for aarch64, where $(CROSS_CXX) is installed"
@@ -84,6 +86,18 @@ lint: $(VENV)/.dev
 bench: build $(VENV)/.dev
 	@echo "== benchmarks"
 	@$(PY) -m benchmarks
+
+# AOT_ARGS are arguments of kernels/aot.py.
+aot: build
+	@echo "== compiling the Triton kernels"
+	@$(PY) -m fastac.kernels.aot $(AOT_ARGS)
+
+# Ends within eight minutes, .venv not counted. With GPU_PYTHON nothing is installed: the extension is built
+# in place by that interpreter, if it can be. GPU_ARGS are arguments of benchmarks/gpu.py.
+GPU_DEVICE := $(wildcard /dev/nvidiactl /dev/dxg)
+gpu: $(if $(GPU_PYTHON),,$(if $(GPU_DEVICE),build))
+	@$(if $(GPU_PYTHON)$(GPU_DEVICE),,echo "make gpu needs an NVIDIA GPU: this machine has no /dev/nvidiactl" >&2; exit 2)
+	@$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu $(if $(GPU_PYTHON),--build) $(GPU_ARGS)
 
 # torch itself is not instrumented, so its leaks and its own allocator are left alone; tests that start compilers or
 # build wheels would carry the sanitizer into those programs and stay out.

@@ -236,9 +236,13 @@ Tensor empty_output(ScalarType dtype) {
   return torch::stable::empty({0}, dtype);
 }
 
+// The max_length argument of the operators goes unused here: the lengths themselves are at hand.
+using MaxLength = std::optional<int64_t>;
+
 Tensor inference(const Tensor& x, const Optional& weight, const Optional& scores,
                  const Optional& position_bias, const Optional& alpha, const Optional& beta,
-                 const Optional& lengths, const Optional& mask, const Optional& offsets, double eps) {
+                 const Optional& lengths, const Optional& mask, const Optional& offsets, double eps,
+                 MaxLength) {
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps);
   Tensor y = call.allocate_output();
   const ForwardOutputs out{y.mutable_data_ptr(), nullptr, nullptr};
@@ -250,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Optional& weig
                                            const Optional& position_bias, const Optional& alpha,
                                            const Optional& beta, const Optional& lengths,
                                            const Optional& mask, const Optional& offsets, double eps,
-                                           bool save_scores) {
+                                           bool save_scores, MaxLength) {
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps);
   const Problem& problem = call.problem;
   const bool save = save_scores && weight;
@@ -286,7 +290,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Gradients backward(const Tensor& dy, const Tensor& x, const Optional& weight, const Optional& scores,
                    const Optional& position_bias, const Optional& alpha, const Optional& beta,
                    const Optional& lengths, const Optional& mask, const Optional& offsets, double eps,
-                   const Tensor& y, const Tensor& stats, const Tensor& saved_scores, int64_t needs) {
+                   const Tensor& y, const Tensor& stats, const Tensor& saved_scores, int64_t needs,
+                   MaxLength) {
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps);
   const Problem& problem = call.problem;
   const int64_t batch = problem.sets.count, units = problem.units, features = problem.features;

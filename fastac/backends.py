@@ -1,17 +1,24 @@
 """Which backend runs what: one predicate per backend, which answers yes (None) or no (its reason).
 
 A backend asked for by name that cannot run a call raises with the reason. An automatic choice takes the first
-backend that can, in the order of `PREDICATES`, and is logged once per plan on the logger "fastac".
+backend of `AUTOMATIC` for the device of x that can and that need not be asked for by name, and is logged once
+per plan on the logger "fastac".
 
 The current choice is a plain module global: it can be read while torch.compile traces, which guards on it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +30,12 @@ from .checks import FLOATS
 
 logger = logging.getLogger("fastac")
 
-# Devices for which a backend with kernels exists or is meant to; the others use the reference.
-_KERNEL_DEVICES = ("cpu", "cuda")
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+_NO_RULES = "the kernels have no rules for torch.func transforms and forward-mode derivatives"
+_TRITON = (3, 6)  # the oldest that the kernels are tested with
+_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for
 
 
 def transforming() -> bool:
@@ -37,19 +48,104 @@ def transforming() -> bool:
     )
 
 
+def _constant(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """Let torch.compile call `function` as it traces and take the result for a constant.
+
+    `torch.compiler.assume_constant_result` without its import of torch._dynamo, and with that of Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def _cuda(x: Tensor) -> str | None:
     return "not built"
 
 
+@functools.cache
+def triton_version() -> str | None:
+    """The version of the installed Triton, without importing it; None if there is none."""
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return None
+    except (ImportError, ValueError):
+        return None
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # builds of other names provide the module too
+        names = importlib.metadata.packages_distributions().get("triton")
+        return importlib.metadata.version(names[0]) if names else "unknown"
+
+
+@_constant
+def _triton_installed() -> str | None:
+    """Why the installed Triton cannot be used, None if it can."""
+    version = triton_version()
+    if version is None:
+        return "triton is not installed"
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _TRITON:
+        return f"triton {_TRITON[0]}.{_TRITON[1]} or later is needed, version {version} is installed"
+    return None
+
+
+@_constant
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 asks for Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@_constant
+def _triton_compiles() -> bool:
+    """Whether Triton was imported without TRITON_INTERPRET=1, which it reads as it defines its functions."""
+    standard = sys.modules.get("triton.language.standard")
+    return standard is not None and type(standard.cdiv).__name__ != "InterpretedFunction"
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """Capability of a CUDA device; None without a GPU, where only fake tensors are on such a device."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+@_constant
+def _too_old(index: int | None) -> str | None:
+    """Why the kernels cannot run on a CUDA device, None if they can."""
+    found = None if torch.version.hip is not None else _capability(index)
+    if found is None or found >= _CAPABILITY:
+        return None
+    least = ".".join(map(str, _CAPABILITY))
+    return f"CUDA capability {least} or later is needed, x is on a GPU of {found[0]}.{found[1]}"
+
+
 def _triton(x: Tensor) -> str | None:
-    return "not built"
+    if transforming():
+        return _NO_RULES
+    reason = _triton_installed()
+    if reason is not None:
+        return reason
+    if x.device.type == "cpu":
+        if not interpreting():
+            return "x is on cpu; Triton runs there only in its interpreter (TRITON_INTERPRET=1)"
+        if _triton_compiles():
+            return "x is on cpu, and TRITON_INTERPRET=1 was set after Triton was imported"
+        return None
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, not on a CUDA device"
+    return _too_old(x.device.index)
+
+
+def _triton_by_name(x: Tensor) -> str | None:
+    if interpreting():
+        return "runs in Triton's interpreter, only when asked for by name"
+    if x.device.type == "cuda" and torch.version.hip is not None:
+        return "compiled for AMD GPUs but never run on one, only when asked for by name"
+    return None
 
 
 def _cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
     if transforming():
-        return "the kernels have no rules for torch.func transforms and forward-mode derivatives"
+        return _NO_RULES
     return _native.why_not
 
 
@@ -62,6 +158,12 @@ PREDICATES: dict[str, Callable[[Tensor], str | None]] = {
     "triton": _triton,
     "cpu": _cpu,
     "reference": _reference,
+}
+
+# Backends that an automatic choice considers, best first, by device type; other devices use the reference.
+AUTOMATIC: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
 }
 
 # The backend in force, None for the automatic choice. Set by FASTAC_BACKEND and by `backend`.
@@ -100,8 +202,13 @@ def why_not(name: str, x: Tensor) -> str | None:
     return PREDICATES[_known(name)](x)
 
 
+def passed_over(name: str, x: Tensor) -> str | None:
+    """Why an automatic choice leaves a backend out: it cannot run the call on x, or must be asked for."""
+    return why_not(name, x) or (_triton_by_name(x) if name == "triton" else None)
+
+
 def choose(x: Tensor, name: str | None = None) -> str:
-    """The backend that runs a call on x: the named one, else the one in force, else the first that can.
+    """The backend that runs a call on x: the named one, else the one in force, else the automatic choice.
 
     Raises: ValueError for an unknown name, or a named backend that cannot run the call.
     """
@@ -111,8 +218,8 @@ def choose(x: Tensor, name: str | None = None) -> str:
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot run this call: {reason}")
         return name
-    for candidate in PREDICATES:
-        if why_not(candidate, x) is None:
+    for candidate in AUTOMATIC.get(x.device.type, ("reference",)):
+        if passed_over(candidate, x) is None:
             if not is_compiling():
                 _log(candidate, x)
             return candidate
@@ -125,11 +232,12 @@ def _log(chosen: str, x: Tensor) -> None:
         return
     _logged.add(key)
     place = f"{key[1]}, {key[2]}"
-    passed_over = [f"{n}: {why_not(n, x)}" for n in PREDICATES if n != chosen and why_not(n, x) is not None]
+    reasons = {n: passed_over(n, x) for n in PREDICATES if n != chosen}
     if chosen != "reference":
         logger.info("backend %s for %s", chosen, place)
-    elif x.device.type in _KERNEL_DEVICES:
-        logger.warning("backend reference (plain torch, slow) for %s (%s)", place, "; ".join(passed_over))
+    elif x.device.type in AUTOMATIC:
+        told = "; ".join(f"{n}: {reason}" for n, reason in reasons.items() if reason is not None)
+        logger.warning("backend reference (plain torch, slow) for %s (%s)", place, told)
     elif (chosen, x.device.type, "") not in _logged:
         _logged.add((chosen, x.device.type, ""))
         logger.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, field
 
 import torch
@@ -140,17 +141,24 @@ def explain(
     dtype = checks.computed_dtype(x)
     set_lengths = _set_lengths(x, lengths, mask, offsets)
     positions = sum(set_lengths)
-    forward, backward = _costs(
-        weighting, positions, b, m, n, dtype.itemsize, ops.keeps_scores(x, weight, dtype), x.requires_grad
-    )
+    kept = ops.keeps_scores(x, weight, dtype)
+    forward, backward = _costs(weighting, positions, b, m, n, dtype.itemsize, kept, x.requires_grad)
     reasons = {}
     for name in backends.PREDICATES:
         if name != chosen:
-            reasons[name] = backends.why_not(name, x) or (
+            reasons[name] = backends.passed_over(name, x) or (
                 "could run this call, another backend was asked for"
                 if backend or backends.current
                 else f"could run this call, {chosen} is preferred"
             )
+    plan: dict[str, object] = {}
+    if chosen == "cpu":
+        plan = _native.plan(set_lengths, n, m)
+    elif chosen == "triton":
+        planner = importlib.import_module(f"{__package__}.kernels.plan")
+        bound = None if offsets is None else max_length
+        call = (x, weight, scores, alpha, lengths, mask, offsets, bound)
+        plan = planner.describe(planner.problem(*call, kept, dtype))
     return Explanation(
         backend=chosen,
         weighting=weighting,
@@ -165,5 +173,5 @@ def explain(
         backward=backward,
         input_grad=x.requires_grad,
         reasons=reasons,
-        plan=_native.plan(set_lengths, n, m) if chosen == "cpu" else {},
+        plan=plan,
     )

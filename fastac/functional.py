@@ -118,12 +118,13 @@ def _run(
         with checks.no_autocast(x):
             return reference.forward(*inputs, max_length=max_length).y
     y: Tensor
+    bound = None if offsets is None else max_length  # padded sets are bounded by L
     needs_grad = _needs_grad(x, weight, scores, position_bias, alpha, beta)
     if needs_grad or is_compiling():
         save_scores = needs_grad and ops.keeps_scores(x, weight, checks.computed_dtype(x))
-        y, *_ = ops.operator(stem, "forward")(*inputs, save_scores)
+        y, *_ = ops.operator(stem, "forward")(*inputs, save_scores, bound)
     else:
-        y = ops.operator(stem, "inference")(*inputs)
+        y = ops.operator(stem, "inference")(*inputs, bound)
     return y
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 
@@ -22,8 +23,22 @@ ENVIRONMENT = {
     "FASTAC_BACKEND": "backend of every call: " + ", ".join(backends.PREDICATES),
     "FASTAC_CPU_ISA": "instruction set of the cpu backend: " + ", ".join(_native.ISA_NAMES),
     "FASTAC_CHECK": "1: check the values of lengths and offsets on every device (on the CPU they always are)",
+    "FASTAC_AUTOTUNE": "1: time a few neighbouring Triton configurations at the first call of each shape",
+    "TRITON_INTERPRET": "1, set before Triton is imported: its kernels run in its interpreter, without a GPU",
+    "FASTAC_DATA": "folder of the MNIST files that the demo reads",
+    "XDG_CACHE_HOME": "downloads go to its folder fastac; ~/.cache unless set",
     "FASTAC_NATIVE": "when building: 0 leaves the native library out",
+    "FASTAC_SANITIZE": "when building: 1 adds AddressSanitizer and UndefinedBehaviorSanitizer",
+    "FASTAC_BUILD_JOBS": "when building: files compiled at a time; the processors, at most 4, unless set",
+    "CXX": "when building: the C++ compiler; c++, g++ or clang++, the first one found, unless set",
 }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"
 
 
 def _native_lines() -> list[str]:
@@ -37,22 +52,29 @@ def _native_lines() -> list[str]:
     return [*lines, f"this CPU can run: {', '.join(_native.supported_isas())}"]
 
 
+def _backend_lines(device: str) -> list[str]:
+    x = torch.empty(0, device=device)
+    can = {name: backends.passed_over(name, x) for name in backends.PREDICATES}
+    return [f"{name}: {'available' if reason is None else reason}" for name, reason in can.items()]
+
+
 def sections() -> dict[str, list[str]]:
     """The lines of each section."""
-    x = torch.empty(0)
-    names = backends.PREDICATES
-    can = {name: backends.why_not(name, x) for name in names}
     forced = f" (forced: {backends.current})" if backends.current else ""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
         "versions": [
             f"fastac {__version__}",
             f"torch {torch.__version__}",
+            f"triton {backends.triton_version() or 'is not installed'}",
+            f"numpy {_version('numpy')}",
             f"Python {platform.python_version()} on {platform.platform()}",
         ],
         "native library": _native_lines(),
-        f"backends for CPU tensors, best first{forced}": [
-            f"{name}: {'available' if reason is None else reason}" for name, reason in can.items()
-        ],
+        **{
+            f"backends for {device.upper()} tensors, best first{forced}": _backend_lines(device)
+            for device in devices
+        },
         "limits": [f"{name}: {text}" for name, text in LIMITS.items()],
         "environment": [f"{name}={os.environ.get(name, '')}  {text}" for name, text in ENVIRONMENT.items()],
     }

@@ -11,11 +11,14 @@ three operators of a stem, and the backend registers implementations only.
 (T, M), weight (N, M), scores (B, N, L) or (N, T), position_bias (N, L_max), alpha and beta (N,),
 lengths (B,) int64, mask (B, L) bool, offsets (B + 1,) int64. y (B, N, M) has x.dtype. Of the accumulation
 type: stats (3, B, N), the greatest score, the sum of exp(score - greatest) and ||u||; and saved_scores
-(B, L, N) or (T, N), empty unless weight is given and save_scores true.
+(B, L, N) or (T, N), empty unless weight is given and save_scores true. max_length bounds the sets of a packed
+x; an implementation that needs a bound and is given None takes T, or reads offsets that are on the CPU.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +33,15 @@ _INPUTS = (
     "Tensor x, Tensor? weight, Tensor? scores, Tensor? position_bias, Tensor? alpha, Tensor? beta, "
     "Tensor? lengths, Tensor? mask, Tensor? offsets, float eps"
 )
+_BOUND = "SymInt? max_length=None"
 _SCHEMAS = {
-    "inference": f"({_INPUTS}) -> Tensor",
-    "forward": f"({_INPUTS}, bool save_scores) -> (Tensor y, Tensor stats, Tensor saved_scores)",
-    "backward": f"(Tensor dy, {_INPUTS}, Tensor y, Tensor stats, Tensor saved_scores, int needs) -> "
-    "(Tensor dx, Tensor dweight, Tensor dscores, Tensor dposition_bias, Tensor dalpha, Tensor dbeta)",
+    "inference": f"({_INPUTS}, {_BOUND}) -> Tensor",
+    "forward": f"({_INPUTS}, bool save_scores, {_BOUND}) -> (Tensor y, Tensor stats, Tensor saved_scores)",
+    "backward": f"(Tensor dy, {_INPUTS}, Tensor y, Tensor stats, Tensor saved_scores, int needs, {_BOUND})"
+    " -> (Tensor dx, Tensor dweight, Tensor dscores, Tensor dposition_bias, Tensor dalpha, Tensor dbeta)",
 }
+
+_ARGUMENTS = {"inference": 11, "forward": 12, "backward": 16}  # how many, max_length included
 
 # The first six inputs are differentiable; bit i of `needs` asks for the gradient of input i.
 DIFFERENTIABLE = ("x", "weight", "scores", "position_bias", "alpha", "beta")
@@ -79,12 +85,13 @@ def _fake_inference(
     mask: Tensor | None,
     offsets: Tensor | None,
     eps: float,
+    max_length: int | None = None,
 ) -> Tensor:
     return x.new_empty(sizes(x, weight, scores, alpha, offsets))
 
 
 def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    weight, scores, _, alpha, _, _, _, offsets, _, save_scores = rest
+    weight, scores, _, alpha, _, _, _, offsets, _, save_scores = rest[:10]
     acc = reference.accumulation_dtype(x.dtype)
     b, n, m = sizes(x, weight, scores, alpha, offsets)
     kept = (*x.shape[:-1], n) if save_scores and weight is not None else (0,)
@@ -96,7 +103,7 @@ def _fake_forward(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    inputs, needs = rest[:6], rest[-1]
+    inputs, needs = rest[:6], rest[13]
     return tuple(
         t.new_empty(t.shape) if t is not None and needs >> i & 1 else (dy if t is None else t).new_empty((0,))
         for i, t in enumerate(inputs)
@@ -107,7 +114,7 @@ def _fake_backward(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.eps = inputs[9]
+    ctx.eps, ctx.max_length = inputs[9], inputs[11]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:9], *output)
@@ -117,16 +124,16 @@ def _first_derivative(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[.
     def differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
         needs = sum(1 << i for i in range(6) if ctx.needs_input_grad[i])
         if dy is None or not needs:
-            return (None,) * 11
+            return (None,) * 12
         inputs, saved = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
-        gradients = backward(dy, *inputs, ctx.eps, *saved, needs)
-        return *(g if needs >> i & 1 else None for i, g in enumerate(gradients)), *(None,) * 5
+        gradients = backward(dy, *inputs, ctx.eps, *saved, needs, ctx.max_length)
+        return *(g if needs >> i & 1 else None for i, g in enumerate(gradients)), *(None,) * 6
 
     return differentiate
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.eps, ctx.needs = inputs[10], inputs[14]
+    ctx.eps, ctx.needs, ctx.max_length = inputs[10], inputs[14], inputs[15]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:10])
 
@@ -150,7 +157,7 @@ def _second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             for t in tensors
         ]
         arguments: list[Any] = [*leaves[1:], *layout, ctx.eps]
-        y = reference.forward(*arguments).y
+        y = reference.forward(*arguments, max_length=ctx.max_length).y
         asked = [i for i in range(6) if ctx.needs >> i & 1]
         first = torch.autograd.grad(
             y, [leaves[i + 1] for i in asked], leaves[0], create_graph=True, allow_unused=True
@@ -172,7 +179,7 @@ def _second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             )
             for i, gradient in zip(targets, found, strict=True):
                 second[i] = gradient
-    return *second, *(None,) * 8
+    return *second, *(None,) * 9
 
 
 # Autocast
@@ -223,4 +230,30 @@ def operator(stem: str, kind: str) -> Callable[..., Any]:
     return overload
 
 
+# The Triton backend
+
+
+@functools.cache
+def _launch(kind: str) -> Callable[..., Any]:
+    """A host function of the Triton kernels. Importing them needs Triton, so the first call does it."""
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{__package__}.kernels.launch"), kind)
+    return function
+
+
+def _triton(kind: str) -> Callable[..., Any]:
+    """The implementation of `triton_{kind}`: the host function of that name, on the operator's arguments."""
+
+    def call(*arguments: Any) -> Any:
+        # The dispatcher leaves out a last argument that equals its default.
+        given = len(arguments) == _ARGUMENTS[kind]
+        return _launch(kind)(*arguments, *(() if given else (None,)))
+
+    return call
+
+
 register("cpu")
+register("triton")
+for _kind in _SCHEMAS:
+    # CPU tensors are for Triton's interpreter.
+    for _device in ("CUDA", "CPU"):
+        _LIBRARY.impl(f"triton_{_kind}", _triton(_kind), _device)

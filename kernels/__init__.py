@@ -1,1 +1,4 @@
-"""Triton kernels of fastac, installed as `fastac.kernels`; this version has no Triton backend yet."""
+"""Triton kernels of fastac, installed as `fastac.kernels`.
+
+`plan` says what a call launches and imports no Triton; `launch` imports the kernels, and with them Triton.
+"""

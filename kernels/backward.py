@@ -25,16 +25,17 @@ from .common import (
     columns,
     divide,
     first_block,
+    is_normalised,
     is_valid,
     load_tile,
     locate,
     narrow,
+    pivots,
     product,
-    root,
+    scale_of,
     set_base,
     set_pivot,
     set_rows,
-    tile_pivots,
     valid_count,
     wide,
 )
@@ -50,13 +51,17 @@ def _weights(s, valid, greatest, total, ACC: tl.constexpr):
 
 
 @triton.jit
-def _scale(norm, N, EPS: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr):
-    """c = 1 / (sqrt(N) max(||u||, eps)); 1 without shift. [BN]"""
-    one = tl.full(norm.shape, 1.0, ACC)
-    if SHIFT:
-        return divide(one, root(one * N, ACC) * tl.maximum(norm, EPS), ACC)
-    else:
-        return one
+def _shift_gradients(mean, ones, offset, alpha, beta, norm, c, M, EPS: tl.constexpr, ACC: tl.constexpr):
+    """What a set adds to dalpha = dU·z and dbeta = dU·1, from rowsum(a e) and dU·1 / c. [BN]
+
+    û·dU = 0 makes dalpha = -beta dbeta / alpha, which is the better conditioned of the two where beta is
+    small against u.
+    """
+    dalpha = c * (mean + ones * offset)
+    dbeta = c * ones
+    through_beta = is_normalised(norm, EPS, ACC) & (alpha != 0) & (norm * norm >= 4 * M * beta * beta)
+    safe = tl.where(through_beta, alpha, 1.0)
+    return tl.where(through_beta, -beta * divide(dbeta, safe, ACC), dalpha), dbeta
 
 
 @triton.jit
@@ -93,11 +98,11 @@ def backward_blocks(
     all_sets = wide(batch) * N
     mix_at = (row + l) * N  # [BL]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    HALF: tl.constexpr = DTYPE == tl.float16 or DTYPE == tl.bfloat16
+    HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
     WITH_Y: tl.constexpr = SHIFT and not GRAM
 
     cols, there = columns(0, M, BLOCK_M)
-    rho = tile_pivots(load_tile(base, l, cols, x_l, x_m, valid, there), M, BLOCK_M, ACC)  # [BL]
+    rho = pivots(load_tile(base, l, cols, x_l, x_m, valid, there), M, BLOCK_M, ACC)  # [BL]
     gram_mix = tl.zeros([BLOCK_L, BLOCK_L], ACC)  # K = sum over units of A (û·dY) alpha a / ||u||
     gram_ones = tl.zeros([BLOCK_L], ACC)  # sum over units of A (û·dY) tau / ||u||
 
@@ -169,7 +174,7 @@ def backward_blocks(
                 norm = tl.load(stats_ptr + 2 * all_sets + set_n + n, units, other=1)
                 a = _weights(s, valid, greatest, total, ACC)  # [BN, BL]
                 offset = tl.where(total > 0, pivot, 0.0)
-                c = _scale(norm, N, EPS, SHIFT, ACC)
+                c = scale_of(norm, N, EPS, SHIFT, ACC)
                 alpha = tl.full([BLOCK_N], 1.0, ACC)
                 e = p
                 ones = dy_sum
@@ -178,8 +183,9 @@ def backward_blocks(
                     alpha = tl.load(alpha_ptr + n, units, other=0).to(ACC)
                     beta = tl.load(beta_ptr + n, units, other=0).to(ACC)
                     if GRAM:
+                        normalised = is_normalised(norm, EPS, ACC)
                         one = tl.full([BLOCK_N], 1.0, ACC)
-                        inverse = tl.where(norm >= EPS, divide(one, tl.maximum(norm, EPS), ACC), 0.0)
+                        inverse = tl.where(normalised, divide(one, tl.where(normalised, norm, 1.0), ACC), 0.0)
                         tau = alpha * tl.sum(a * rest[None, :], axis=1) + (alpha * offset + beta)
                         a_gram = tl.dot(a, gram, input_precision=SMALL_PRECISION, out_dtype=ACC)
                         # û·dY, then what û xᵀ and û·1 take off
@@ -194,10 +200,14 @@ def backward_blocks(
                             mixed_h, mixed_scale = narrow(tl.trans(mixed * alpha[:, None]), DTYPE)
                             gram_mix += product(mixed_h, mixed_scale, a.to(DTYPE), ACC, PRECISION)
                     else:
-                        coefficient = tl.where(norm >= EPS, N * y_dy, 0.0)  # û (û·dY) = N y (y·dY)
+                        coefficient = tl.where(
+                            is_normalised(norm, EPS, ACC), N * y_dy, 0.0
+                        )  # û (û·dY) = N y (y·dY)
                         e -= coefficient[:, None] * y_x
                         ones -= coefficient * y_sum
-                e += ones[:, None] * rest[None, :]  # dU xᵀ / c, less a part that is the same for all positions
+                e += (
+                    ones[:, None] * rest[None, :]
+                )  # dU xᵀ / c, less a part that is the same for all positions
                 mean = tl.sum(a * e, axis=1)
                 weighted = a * (alpha * c)[:, None]  # A
                 here = units[:, None] & valid[None, :]
@@ -205,8 +215,11 @@ def backward_blocks(
                 if SECOND:
                     e = weighted * (e - mean[:, None])  # dS
                     if SHIFT:
-                        tl.store(dshift_ptr + set_n + n, c * (mean + ones * offset), units)
-                        tl.store(dshift_ptr + all_sets + set_n + n, c * ones, units)
+                        dalpha, dbeta = _shift_gradients(
+                            mean, ones, offset, alpha, beta, norm, c, M, EPS, ACC
+                        )
+                        tl.store(dshift_ptr + set_n + n, dalpha, units)
+                        tl.store(dshift_ptr + all_sets + set_n + n, dbeta, units)
                     if NEED_SCORES:
                         at = set_base(dscores_ptr, b, row, dscores_b, 1, LAYOUT)
                         at += n[:, None] * dscores_n + l[None, :]
@@ -287,7 +300,8 @@ def backward_blocks(
 
 @triton.jit
 def backward_sums(
-    x_ptr, lengths_ptr, mask_ptr, offsets_ptr, stats_ptr, sums_ptr, means_ptr, dshift_ptr,
+    x_ptr, alpha_ptr, beta_ptr, lengths_ptr, mask_ptr, offsets_ptr,
+    stats_ptr, sums_ptr, means_ptr, dshift_ptr,
     batch, length, M, N, blocks, x_b, x_l, x_m, mask_b, mask_l,
     EPS: tl.constexpr, SHIFT: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -316,7 +330,10 @@ def backward_sums(
         ones = tl.load(means_ptr + all_sets + at, units, other=0)
         total = tl.load(stats_ptr + all_sets + at, units, other=0)
         norm = tl.load(stats_ptr + 2 * all_sets + at, units, other=1)
-        c = _scale(norm, N, EPS, SHIFT, ACC)
+        c = scale_of(norm, N, EPS, SHIFT, ACC)
         offset = tl.where(total > 0, pivot, 0.0)
-        tl.store(dshift_ptr + at, c * (mean + ones * offset), units)  # dalpha = dU·z
-        tl.store(dshift_ptr + all_sets + at, c * ones, units)  # dbeta = dU·1
+        alpha = tl.load(alpha_ptr + n, units, other=0).to(ACC)
+        beta = tl.load(beta_ptr + n, units, other=0).to(ACC)
+        dalpha, dbeta = _shift_gradients(mean, ones, offset, alpha, beta, norm, c, M, EPS, ACC)
+        tl.store(dshift_ptr + at, dalpha, units)
+        tl.store(dshift_ptr + all_sets + at, dbeta, units)

@@ -40,13 +40,12 @@ def _offset(offsets_ptr, i, length):
 def first_block(offsets_ptr, b, length, blocks, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr):
     """Index of the first block of set b.
 
-    Padded sets have `blocks` each. A packed set gets the blocks from offsets[b] // BLOCK_L + b on: at least as
-    many as it needs and at most one more, whatever its length, so the host need not know any length.
+    Padded sets have `blocks` each. A packed set gets the blocks from offsets[b] // BLOCK_L + b on: at least
+    as many as it needs and at most one more, whatever its length, so the host need not know any length.
     """
     if LAYOUT == PACKED:
         return _offset(offsets_ptr, b, length) // BLOCK_L + b
-    else:
-        return wide(b) * blocks
+    return wide(b) * blocks
 
 
 @triton.jit
@@ -60,8 +59,7 @@ def set_rows(b, offsets_ptr, batch, length, LAYOUT: tl.constexpr):
         row = _offset(offsets_ptr, b, length)
         end = tl.where(b < batch, _offset(offsets_ptr, tl.minimum(b + 1, batch), length), length)
         return row, tl.maximum(end - row, 0)
-    else:
-        return wide(b) * length, wide(length)
+    return wide(b) * length, wide(length)
 
 
 @triton.jit
@@ -76,8 +74,7 @@ def locate(pid, offsets_ptr, batch, length, blocks, LAYOUT: tl.constexpr, BLOCK_
             low = tl.where(begins, middle, low)
             high = tl.where(begins, high, middle - 1)
         return low, pid - first_block(offsets_ptr, low, length, blocks, LAYOUT, BLOCK_L)
-    else:
-        return pid // blocks, (pid % blocks).to(tl.int64)
+    return pid // blocks, (pid % blocks).to(tl.int64)
 
 
 @triton.jit
@@ -85,8 +82,7 @@ def valid_count(b, positions, lengths_ptr, batch, LAYOUT: tl.constexpr):
     """How many leading positions of set b may be valid."""
     if LAYOUT == LENGTHS:
         return tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0), positions)
-    else:
-        return tl.where(b < batch, positions, 0)
+    return tl.where(b < batch, positions, 0)
 
 
 @triton.jit
@@ -103,8 +99,7 @@ def set_base(x_ptr, b, row, x_b, x_l, LAYOUT: tl.constexpr):
     """Address of position 0 of set b in a tensor (B, L, ...) or (T, ...)."""
     if LAYOUT == PACKED:
         return x_ptr + row * x_l
-    else:
-        return x_ptr + wide(b) * x_b
+    return x_ptr + wide(b) * x_b
 
 
 @triton.jit
@@ -131,12 +126,11 @@ def narrow(t, DTYPE: tl.constexpr):
     For half types each row is divided by its largest value. So none leaves the range of float16, and weights
     that are all equal stay exact: their common rounding would not average out.
     """
-    if DTYPE == tl.float16 or DTYPE == tl.bfloat16:
+    if tl.float16 == DTYPE or tl.bfloat16 == DTYPE:
         largest = tl.max(tl.abs(t), axis=1, keep_dims=True)
         scale = tl.where(largest > 0, largest, 1.0)
         return (t / scale).to(DTYPE), scale
-    else:
-        return t, tl.full([1, 1], 1.0, DTYPE)
+    return t, tl.full([1, 1], 1.0, DTYPE)
 
 
 @triton.jit
@@ -155,9 +149,18 @@ def product(narrowed, scale, tile, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile_pivots(tile, M, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
-    """rho [R]: means of the first BLOCK_M features of every row of a tile, 0 for rows that were masked."""
-    return tl.sum(tile.to(ACC), axis=1) / tl.minimum(M, BLOCK_M)
+def pivots(tile, M, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
+    """rho [R] of the first BLOCK_M features of every row of a tile, 0 for rows that were masked.
+
+    Their mean; for float32 and float64 only if it is twice their deviation, else 0: what is left over from
+    adding a pivot back is the same for all features, so it does not average out as other roundings do.
+    """
+    count = tl.minimum(M, BLOCK_M)
+    x = tile.to(ACC)
+    mean = tl.sum(x, axis=1) / count
+    if tile.dtype == tl.float16 or tile.dtype == tl.bfloat16:
+        return mean
+    return tl.where(5 * mean * mean > 4 * (tl.sum(x * x, axis=1) / count), mean, 0.0)
 
 
 @triton.jit
@@ -177,22 +180,35 @@ def set_pivot(
             start += BLOCK_L
     cols, there = columns(0, M, BLOCK_M)
     x = tl.load(base + first * x_l + cols * x_m, there & (first < count), other=0)
-    return tl.sum(x.to(ACC), axis=0) / tl.minimum(M, BLOCK_M)
+    return tl.sum(pivots(x[None, :], M, BLOCK_M, ACC), axis=0)
 
 
 @triton.jit
 def divide(a, b, ACC: tl.constexpr):
     """a / b, correctly rounded."""
-    if ACC == tl.float64:
+    if tl.float64 == ACC:
         return a / b
-    else:
-        return tl.div_rn(a, b)
+    return tl.div_rn(a, b)
+
+
+@triton.jit
+def scale_of(norm, N, EPS: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr):
+    """c = 1 / (sqrt(N) max(||u||, eps)) of Eq. 7; 1 without shift."""
+    one = tl.full(norm.shape, 1.0, ACC)
+    if SHIFT:
+        return divide(one, root(one * N, ACC) * tl.maximum(norm, tl.full(norm.shape, EPS, ACC)), ACC)
+    return one
+
+
+@triton.jit
+def is_normalised(norm, EPS: tl.constexpr, ACC: tl.constexpr):
+    """Whether ||u|| >= eps; below it y is linear in u."""
+    return norm >= tl.full(norm.shape, EPS, ACC)
 
 
 @triton.jit
 def root(a, ACC: tl.constexpr):
     """The square root, correctly rounded."""
-    if ACC == tl.float64:
+    if tl.float64 == ACC:
         return tl.sqrt(a)
-    else:
-        return tl.sqrt_rn(a)
+    return tl.sqrt_rn(a)

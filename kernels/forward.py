@@ -1,8 +1,8 @@
 """Forward kernels.
 
-    forward_blocks    one program for BLOCK_L positions of a set and BLOCK_N units. A set that fits one block is
-                      finished here; otherwise every block leaves its share of z, its greatest score and the sum
-                      of its exponentials
+    forward_blocks    one program for BLOCK_L positions of a set and BLOCK_N units. A set that fits one block
+                      is finished here; otherwise every block leaves its share of z, its greatest score and
+                      the sum of its exponentials
     forward_combine   what the blocks of a set left, put together
 
 Long et al., *Attention Clusters*, CVPR 2018: equation numbers are theirs. Tiles are named in brackets.
@@ -22,11 +22,12 @@ from .common import (
     is_valid,
     load_tile,
     locate,
+    pivots,
     root,
+    scale_of,
     set_base,
     set_pivot,
     set_rows,
-    tile_pivots,
     valid_count,
     wide,
 )
@@ -61,10 +62,10 @@ def forward_blocks(
         valid = is_valid(b, l, count, mask_ptr, mask_b, mask_l, LAYOUT)
         base = set_base(x_ptr, b, row, x_b, x_l, LAYOUT)
         DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-        HALF: tl.constexpr = DTYPE == tl.float16 or DTYPE == tl.bfloat16
+        HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
 
         cols, there = columns(0, M, BLOCK_M)
-        rho = tile_pivots(load_tile(base, l, cols, x_l, x_m, valid, there), M, BLOCK_M, ACC)  # [BL]
+        rho = pivots(load_tile(base, l, cols, x_l, x_m, valid, there), M, BLOCK_M, ACC)  # [BL]
 
         # Scores
         s = tl.zeros([BLOCK_N, BLOCK_L], ACC)
@@ -142,9 +143,7 @@ def forward_blocks(
                     u = tl.where(there[None, :], gain[:, None] * core + tau[:, None], 0.0)
                     squares += tl.sum(u * u, axis=1)
                 norm = root(squares, ACC)
-                # Eq. 7: y = u / (sqrt(N) max(||u||, eps))
-                root_n = root(tl.full([BLOCK_N], 1.0, ACC) * N, ACC)
-                factor = divide(tl.full([BLOCK_N], 1.0, ACC), root_n * tl.maximum(norm, EPS), ACC)
+                factor = scale_of(norm, N, EPS, SHIFT, ACC)  # Eq. 7: y = u / (sqrt(N) max(||u||, eps))
             for m0 in range(0, M, BLOCK_M):
                 cols, there = columns(m0, M, BLOCK_M)
                 x = load_tile(base, l, cols, x_l, x_m, valid, there)
@@ -205,8 +204,7 @@ def forward_combine(
     for sweep in tl.static_range(0 if SHIFT else 1, 2):
         if SHIFT and sweep == 1:
             norm = root(squares, ACC)
-            root_n = root(tl.full([], 1.0, ACC) * N, ACC)
-            factor = divide(tl.full([], 1.0, ACC), root_n * tl.maximum(norm, EPS), ACC)
+            factor = scale_of(norm, N, EPS, SHIFT, ACC)
         for m0 in range(0, M, BLOCK_M):
             cols, there = columns(m0, M, BLOCK_M)
             core = tl.zeros([BLOCK_M], ACC)

@@ -59,14 +59,20 @@ class Call:
         self.x_strides = dict(zip(("x_b", "x_l", "x_m"), strides, strict=True))
         self.sizes = {"batch": p.batch, "length": p.length, "M": p.features, "N": p.units}
         self.ragged = {"lengths_ptr": self.lengths, "offsets_ptr": self.offsets}
-        self.masks = dict(zip(("mask_b", "mask_l"), mask.stride() if mask is not None else (0, 0), strict=True))
+        self.masks = dict(
+            zip(("mask_b", "mask_l"), mask.stride() if mask is not None else (0, 0), strict=True)
+        )
         self.mask_bytes = None if mask is None else mask.view(torch.uint8)
         self.layout = _LAYOUTS[p.layout]
         # Full float32 unless torch was told otherwise; other dtypes have one precision only.
         relaxed = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         self.precision = "tf32" if relaxed else "ieee"
+        # Products among computed values: nearly full float32, by matrix instructions where x is a half type.
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        self.small_precision = "tf32x3" if half and torch.version.hip is None else self.precision
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Everything a call allocates comes from here; `dtype` is the accumulation type unless given."""
         return self.x.new_empty(shape, dtype=dtype or self.acc)
 
     @functools.cached_property
@@ -124,7 +130,9 @@ def _check(
             shape = (units, x.size(0)) if packed else (batch, units, x.size(1))
             good = tuple(scores.shape) == shape and scores.dtype in (x.dtype, torch.float32)
         for t in (alpha, beta):
-            good = good and (t is None or (tuple(t.shape) == (units,) and t.dtype in (x.dtype, torch.float32)))
+            good = good and (
+                t is None or (tuple(t.shape) == (units,) and t.dtype in (x.dtype, torch.float32))
+            )
         if position_bias is not None:
             good = good and weight is not None and position_bias.dim() == 2 and position_bias.size(0) == units
             good = good and (packed or position_bias.size(1) >= x.size(1))
@@ -248,7 +256,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the softmax statistics and ||u||, and the scores if they are to be kept."""
     call = Call(
-        x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps, max_length, kept=save_scores
+        x,
+        weight,
+        scores,
+        position_bias,
+        alpha,
+        beta,
+        lengths,
+        mask,
+        offsets,
+        eps,
+        max_length,
+        kept=save_scores,
     )
     return _forward(call, training=True)
 
@@ -314,14 +333,15 @@ def backward(
             **dict(zip(("dy_b", "dy_n", "dy_m"), dy.stride(), strict=True)),
             "dscores_b": dscores_strides[0], "dscores_n": dscores_strides[1],
             "SAVED": kept, "GRAM": planned.gram, "NEED_X": need_x, "NEED_SCORES": need_scores,
-            "SMALL_PRECISION": _small_precision(call),
+            "SMALL_PRECISION": call.small_precision,
         }  # fmt: skip
         for first, second in ((True, False), (False, True)) if planned.split else ((True, True),):
             launched = arguments | {"FIRST": first, "SECOND": second}
             _launch(backward_blocks, "backward", planned.grid, planned.config, call, launched)
             if first and not second:
                 summed = {
-                    "x_ptr": x, "mask_ptr": call.mask_bytes, **call.ragged, "stats_ptr": arguments["stats_ptr"],
+                    "x_ptr": x, "alpha_ptr": call.alpha, "beta_ptr": call.beta, "mask_ptr": call.mask_bytes,
+                    **call.ragged, "stats_ptr": arguments["stats_ptr"],
                     "sums_ptr": sums, "means_ptr": means, "dshift_ptr": dshift, **call.sizes,
                     "blocks": planned.blocks, **call.x_strides, **call.masks,
                     "EPS": eps, "SHIFT": alpha is not None, "LAYOUT": call.layout, "ACC": _DTYPES[call.acc],
@@ -389,10 +409,3 @@ def _check_saved(call: Call, dy: Tensor, y: Tensor, stats: Tensor, saved_scores:
     good = good and all(t.device == x.device for t in (dy, y, stats, saved_scores))
     if not good:
         raise RuntimeError("fastac: dy and the saved tensors do not fit the operands")
-
-
-def _small_precision(call: Call) -> str:
-    """Of the products among computed values: about full float32 where x is a half type."""
-    if call.x.dtype in (torch.float16, torch.bfloat16) and torch.version.hip is None:
-        return "tf32x3"
-    return call.precision

@@ -5,14 +5,14 @@ measured entry for it; never on the number of multiprocessors or on data. Equal 
 
 The model behind the tiles, where nothing was measured:
 
-- A program keeps BLOCK_L positions of one set and BLOCK_N units, and walks over the features BLOCK_M at a time.
-  A set of at most `LONGEST` positions is one block; the smallest power of two that holds it, at least 16 (what
-  matrix instructions take), wastes least.
-- Shared memory holds the tiles in flight: stages * BLOCK_M * (tiles' rows) * element size. It is kept below
-  `SHARED` so that two programs fit a multiprocessor that has 100 KB, which hides one's latency behind the other's
-  work, and four one that has 227 KB.
-- Bytes in flight: a multiprocessor of an H200 takes 33 GB/s of 4.3 TB/s, and a load takes somewhat less than a
-  microsecond, so some 30 KB must be under way: two programs with two stages of 8 KB each, or more.
+- A program keeps BLOCK_L positions of one set and BLOCK_N units, and walks over the features BLOCK_M at a
+  time. A set of at most `LONGEST` positions is one block; the smallest power of two that holds it, at least
+  16 (what matrix instructions take), wastes least.
+- Shared memory holds the tiles in flight: stages * BLOCK_M * (rows of the tiles) * element size. It is kept
+  below `SHARED` so that two programs fit a multiprocessor that has 100 KB, which hides the latency of one
+  behind the work of the other, and four one that has 227 KB.
+- Bytes in flight: a multiprocessor of an H200 takes 33 GB/s of 4.3 TB/s, and a load takes somewhat less than
+  a microsecond, so some 30 KB must be under way: two programs with two stages of 8 KB each, or more.
 - Fewer than `PROGRAMS` programs leave multiprocessors idle: units are then cut finer, down to 16.
 """
 
@@ -32,6 +32,10 @@ from torch import Tensor
 WINNERS = Path(__file__).resolve().parent / "winners.json"
 LONGEST = {2: 128, 4: 64, 8: 32}  # positions of a forward block, by element size
 LONGEST_BACKWARD = {2: 64, 4: 32, 8: 16}
+LONGEST_GRAM = 32  # G = d dᵀ and what becomes of it stay in registers
+# By element size. In float32 its error on frames that nearly cancel (||d|| = 100 ||u||) is 6 times that of
+# plain torch; a half type's own rounding is far above it.
+GRAM = (2,)
 UNITS = {2: 64, 4: 32, 8: 16}  # units of a tile, by element size
 SHARED = 48 << 10  # bytes of a program's tiles in flight
 PROGRAMS = 128  # what keeps a large GPU busy
@@ -126,9 +130,14 @@ def _tile(value: int, largest: int) -> int:
 
 
 def _block_m(tile_rows: int, itemsize: int, features: int, stages: int) -> int:
-    """Features of a tile: as many as `SHARED` allows with `stages` tiles in flight, 32 … 128."""
+    """Features of a tile: as many as `SHARED` allows with `stages` tiles in flight, 32 … 128.
+
+    Full float32 has no matrix instruction: its products are unrolled over registers, which hold 32 features.
+    """
     room = SHARED // (stages * tile_rows * itemsize)
-    return min(max(1 << max(room.bit_length() - 1, 0), 32), 128, _tile(features, 128))
+    return min(
+        max(1 << max(room.bit_length() - 1, 0), 32), 32 if itemsize == 4 else 128, _tile(features, 128)
+    )
 
 
 def _blocks(p: Problem, block_l: int) -> tuple[bool, int, int]:
@@ -146,7 +155,7 @@ def dtype_class(itemsize: int) -> str:
 
 
 def key(kernel: str, itemsize: int, config: Config) -> str:
-    """Under which name `winners.json` has a measured configuration: the kernel, the dtype, the L and N class."""
+    """Under which name `winners.json` has a measured configuration: kernel, dtype, L class, N class."""
     return f"{kernel} {dtype_class(itemsize)} L{config.block_l} N{config.block_n}"
 
 
@@ -179,9 +188,9 @@ def neighbours(config: Config, itemsize: int) -> list[Config]:
     ):
         other = dataclasses.replace(config, **change)
         bytes_in_flight = other.stages * other.block_m * (other.block_l + other.block_n) * itemsize
-        if 32 <= other.block_m <= 256 and other.warps in (2, 4, 8) and other.stages >= 1:
-            if bytes_in_flight <= 2 * SHARED:
-                found.append(other)
+        sensible = 32 <= other.block_m <= 256 and other.warps in (2, 4, 8) and other.stages >= 1
+        if sensible and bytes_in_flight <= 2 * SHARED:
+            found.append(other)
     return found
 
 
@@ -194,7 +203,7 @@ def forward_plan(p: Problem) -> ForwardPlan:
         block_n //= 2
     stages = 3 if p.itemsize == 2 else 2
     block_m = _block_m(block_l + block_n, p.itemsize, p.features, stages)
-    warps = 8 if block_l * block_n > 4096 or p.itemsize == 8 else 4
+    warps = 8 if block_l * block_n > 4096 or p.itemsize > 2 else 4
     config = _best("forward", p, Config(block_l, block_n, block_m, warps, stages))
     return ForwardPlan(config, split, blocks, all_blocks, math.ceil(p.units / config.block_n))
 
@@ -205,16 +214,17 @@ def backward_plan(p: Problem) -> BackwardPlan:
     split, blocks, all_blocks = _blocks(p, block_l)
     block_n = _tile(p.units, UNITS[p.itemsize])
     # The Gram form saves reading y, N M elements, and costs 2 L² M operations for every block of units.
-    gram = p.shift and not split and p.longest <= 2 * p.units
+    gram = p.itemsize in GRAM and p.shift and not split
+    gram = gram and block_l <= LONGEST_GRAM and p.longest <= 2 * p.units
     tile_rows = block_l + 2 * block_n
     stages = 2
     block_m = _block_m(tile_rows, p.itemsize, p.features, stages)
-    warps = 8 if gram or block_l * block_n >= 4096 or p.itemsize == 8 else 4
+    warps = 8 if gram or block_l * block_n >= 4096 or p.itemsize > 2 else 4
     config = _best("backward", p, Config(block_l, block_n, block_m, warps, stages))
 
     step = ROWS[p.itemsize]
     block_m = _block_m(step + block_n, p.itemsize, p.features, stages)
-    reduce = _best("reduce", p, Config(step, block_n, block_m, 4 if p.itemsize < 8 else 8, stages))
+    reduce = _best("reduce", p, Config(step, block_n, block_m, 4 if p.itemsize == 2 else 8, stages))
     tiles = math.ceil(p.units / reduce.block_n) * math.ceil(p.features / reduce.block_m)
     splits = 1
     if p.weighting == "linear":
@@ -224,9 +234,7 @@ def backward_plan(p: Problem) -> BackwardPlan:
         splits = math.ceil(steps / per_split)
     else:
         per_split = 1
-    return BackwardPlan(
-        config, gram, split, blocks, all_blocks, reduce, splits, per_split * step, tiles
-    )
+    return BackwardPlan(config, gram, split, blocks, all_blocks, reduce, splits, per_split * step, tiles)
 
 
 # From the arguments of a call
@@ -293,19 +301,23 @@ def describe(p: Problem) -> dict[str, object]:
     """The plan of both passes, for people: `fastac.explain` prints it."""
     forward, backward = forward_plan(p), backward_plan(p)
     source = "measured on this GPU" if p.gpu in winners() else "chosen by the model of kernels/plan.py"
-    scratch = forward.all_blocks * p.units * (p.features + 3) if forward.split else 0
     launches = ["forward_blocks", "forward_combine"] if forward.split else ["forward_blocks"]
-    behind = ["backward_blocks", "backward_sums", "backward_blocks"] if backward.split else ["backward_blocks"]
+    behind = (
+        ["backward_blocks", "backward_sums", "backward_blocks"] if backward.split else ["backward_blocks"]
+    )
+    behind.append("backward_reduce")
     accumulated = 8 if p.itemsize == 8 else 4
-    mix = 2 * p.rows * (p.units + 1) + (backward.all_blocks + 5 * p.batch) * p.units
+    shares = forward.all_blocks * p.units * (p.features + 3) if forward.split else 0
+    mix = 2 * p.rows * (p.units + 1) + 5 * p.batch * p.units
+    sums = backward.all_blocks * p.units if backward.split else 0
     parts = backward.splits * p.units * p.features if backward.splits > 1 else 0
+    weight = f"{backward.tiles} tiles x {backward.splits} parts of {backward.rows_per_split} rows"
     return {
-        "configurations": ("timed at the first call" if autotunes() else source),
+        "configurations": "timed at the first call" if autotunes() else source,
         "forward": f"{' + '.join(launches)}, {forward.grid} programs, {forward.config}",
-        "forward scratch": f"{scratch * accumulated} bytes",
-        "backward": f"{' + '.join([*behind, 'backward_reduce'])}, {backward.grid} programs, {backward.config}",
+        "forward scratch": f"{shares * accumulated} bytes",
+        "backward": f"{' + '.join(behind)}, {backward.grid} programs, {backward.config}",
         "backward form": "Gram (y is not read)" if backward.gram else "direct",
-        "weight gradient": f"{backward.tiles} tiles x {backward.splits} parts of {backward.rows_per_split} rows, "
-        f"{backward.reduce}",
-        "backward scratch": f"{(mix + parts) * accumulated} bytes",
+        "backward scratch": f"{(mix + sums + parts) * accumulated} bytes",
+        "weight gradient": f"{weight}, {backward.reduce}" if p.weighting == "linear" else "none",
     }

@@ -31,7 +31,7 @@ def _weight_part(
 ):  # fmt: skip
     """dSᵀ x over the rows first … last - 1. [BN, BM]"""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    HALF: tl.constexpr = DTYPE == tl.float16 or DTYPE == tl.bfloat16
+    HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
     dw = tl.zeros([BLOCK_N, BLOCK_M], ACC)
     rest = tl.zeros([BLOCK_N], ACC)
     for r0 in range(first, last, BLOCK_R):
@@ -77,7 +77,7 @@ def backward_reduce(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The first `weight_programs` make dW, the next `shift_programs` dalpha and dbeta, the others the bias."""
+    """The first `weight_programs` make dW, the next `shift_programs` dalpha and dbeta, the rest the bias."""
     pid = tl.program_id(0)
     unit_blocks = tl.cdiv(N, BLOCK_N)
     if pid < weight_programs:
@@ -105,7 +105,7 @@ def backward_reduce(
                 arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
                 if arrived == splits - 1:  # the last program of a tile sums its parts, in order
                     dw = tl.zeros([BLOCK_N, BLOCK_M], ACC)
-                    for i in range(0, splits):
+                    for i in range(splits):
                         dw += tl.load(partial_ptr + i * size + at, here, other=0, cache_modifier=".cg")
                     tl.store(dweight_ptr + at, dw.to(dweight_ptr.dtype.element_ty), here)
                     tl.store(counters_ptr + tile, 0)
@@ -128,7 +128,7 @@ def backward_reduce(
         units = n < N
         l = ((part // unit_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
         dbias = tl.zeros([BLOCK_N, BLOCK_R], ACC)
-        for b in range(0, batch):
+        for b in range(batch):
             row, positions = set_rows(b, offsets_ptr, batch, length, LAYOUT)
             count = valid_count(b, positions, lengths_ptr, batch, LAYOUT)
             valid = is_valid(b, l, count, mask_ptr, mask_b, mask_l, LAYOUT)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from helpers import BACKENDS, ISA_NAMES, NATIVE, Backend
+from helpers import BACKENDS, ISA_NAMES, KERNELS, NATIVE, TRITON, Backend
 
 from fastac import _native
 
@@ -44,7 +44,12 @@ def pytest_report_header() -> list[str]:
         native = f"MISSING, its tests will fail: {_native.why_not}"
     else:
         native = "left out by FASTAC_NATIVE=0, its tests do not run"
-    return [f"torch {torch.__version__}, {torch.get_num_threads()} threads", f"native kernels: {native}"]
+    triton = "in its interpreter" if TRITON else "not installed, its tests do not run"
+    return [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+        f"native kernels: {native}",
+        f"triton kernels: {triton}",
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +72,7 @@ def native(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield active
 
 
-@pytest.fixture(params=[BACKENDS[0], *NATIVE[-1:]], ids=str)
+@pytest.fixture(params=[BACKENDS[0], *KERNELS], ids=str)
 def each_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend, the native one with the widest instruction set only: for what lies above the kernels."""
     with request.param.active(guarded="unguarded" not in request.keywords) as active:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import interpreter
 import torch
 from torch import Tensor
 
@@ -114,12 +117,19 @@ def make_lengths(B: int, L: int, *, empty: bool = True) -> Tensor:
     return lengths
 
 
+DEFAULT_SIZES = {"B": 5, "L": 23, "M": 67, "N": 11}
+INTERPRETED_SIZES = {"B": 3, "L": 11, "M": 37, "N": 5}
+"""Sizes of a case that gives none: for most backends, and for Triton's interpreter, a thousand times slower."""
+
+_sizes = dict(DEFAULT_SIZES)
+
+
 def make_case(
     *,
-    B: int = 5,
-    L: int = 23,
-    M: int = 67,
-    N: int = 11,
+    B: int | None = None,
+    L: int | None = None,
+    M: int | None = None,
+    N: int | None = None,
     dtype: torch.dtype = torch.float32,
     weighting: str = "fc1",
     shift: bool = True,
@@ -127,7 +137,12 @@ def make_case(
     features: str = "plain",
     empty: bool = False,
 ) -> Case:
-    """A random case. "cancel" features come with β = -α·offset, so that u is far smaller than α·z."""
+    """A random case. "cancel" features come with β = -α·offset, so that u is far smaller than α·z.
+
+    A size that is not given is that of `DEFAULT_SIZES`, or of `INTERPRETED_SIZES` while that backend is active.
+    """
+    given = zip("BLMN", (B, L, M, N), strict=True)
+    B, L, M, N = (_sizes[name] if size is None else size for name, size in given)
     x = make_features(features, B, L, M, dtype)
     case = Case(x)
     if weighting in ("fc1", "position_bias"):
@@ -522,6 +537,22 @@ class Backend:
     def __str__(self) -> str:
         return self.name if self.isa is None else f"{self.name}-{ISA_NAMES[self.isa]}"
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether the kernels run in Triton's interpreter: loops over combinations are then cut short."""
+        return self.name == "triton"
+
+    def affordable(self, B: int, L: int, M: int, N: int) -> tuple[int, int, int, int]:
+        """These sizes, or in the interpreter smaller ones with the same edges."""
+        if not self.interpreted:
+            return B, L, M, N
+        smaller = {
+            (1, 1000, 48, 129): (1, 20, 17, 129),
+            (1, 300, 129, 33): (1, 300, 37, 3),
+            (40, 3, 17, 4): (9, 3, 17, 4),
+        }
+        return smaller.get((B, L, M, N), (B, L, min(M, 521), N))
+
     def __call__(self, case: Case) -> Tensor:
         """y (B, N, M) by this backend through the public functions."""
         return _dispatch(fastac.attention_cluster, fastac.attention_pool, case, backend=self.name)
@@ -529,6 +560,14 @@ class Backend:
     @contextlib.contextmanager
     def active(self, *, guarded: bool = True) -> Iterator[Backend]:
         """Force the instruction set; poison and guard what the kernels allocate; assert no guard was hit."""
+        if self.interpreted:
+            _sizes.update(INTERPRETED_SIZES)
+            try:
+                with _guarded_triton() if guarded else contextlib.nullcontext():
+                    yield self
+            finally:
+                _sizes.update(DEFAULT_SIZES)
+            return
         if self.name != "cpu":
             yield self
             return
@@ -545,6 +584,35 @@ class Backend:
             torch.ops.fastac.cpu_set_isa(before)
 
 
+GUARD = 64
+"""Elements before and behind everything that the Triton backend allocates in a guarded test."""
+
+
+@contextlib.contextmanager
+def _guarded_triton() -> Iterator[None]:
+    """Fill what the Triton backend allocates with NaN, within guard bands that must stay as they are."""
+    from fastac.kernels import launch
+
+    bands: list[Tensor] = []
+
+    def empty(call: launch.Call, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or call.acc
+        numel = math.prod(shape)
+        whole = torch.empty(numel + 2 * GUARD, dtype=dtype).fill_(
+            float("nan") if dtype.is_floating_point else -7
+        )
+        bands.extend((whole[:GUARD], whole[GUARD + numel :]))
+        return whole[GUARD : GUARD + numel].view(shape)
+
+    original, launch.Call.empty = launch.Call.empty, empty  # type: ignore[method-assign]
+    try:
+        yield
+        damaged = sum(int((b != -7).sum() if b.dtype == torch.int32 else (~b.isnan()).sum()) for b in bands)
+        assert damaged == 0, f"{damaged} elements outside the outputs were written"
+    finally:
+        launch.Call.empty = original  # type: ignore[method-assign]
+
+
 def _native_backends() -> list[Backend]:
     if _native.available:
         supported = torch.ops.fastac.cpu_supported_isas()
@@ -556,5 +624,13 @@ def _native_backends() -> list[Backend]:
 
 NATIVE = _native_backends()
 """The native backend under each instruction set of this processor; empty only if FASTAC_NATIVE=0."""
-BACKENDS = [Backend("reference"), *NATIVE]
+# The Triton backend, in Triton's interpreter; not there only if triton is not installed.
+if importlib.util.find_spec("triton") is not None:
+    interpreter.install()
+    TRITON = [Backend("triton")]
+else:
+    TRITON = []
+BACKENDS = [Backend("reference"), *NATIVE, *TRITON]
 """Every backend the operator tests run on. A new one joins here."""
+KERNELS = [*NATIVE[-1:], *TRITON]
+"""Every backend with kernels, the native one with the widest instruction set only."""

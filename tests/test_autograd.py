@@ -33,7 +33,7 @@ def test_gradcheck(backend: Backend, weighting: str, layout: str, shift: bool) -
     function, leaves = function_of(
         backend, make_case(**SMALL, weighting=weighting, layout=layout, shift=shift)
     )
-    assert gradcheck(function, leaves)
+    assert gradcheck(function, leaves, fast_mode=backend.interpreted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -62,7 +62,7 @@ def test_gradgradcheck_entry_by_entry(
 def test_gradcheck_in_the_linear_region(backend: Backend, weighting: str) -> None:
     case = make_case(**SMALL, weighting=weighting).replace(eps=1e3)
     function, leaves = function_of(backend, case)
-    assert gradcheck(function, leaves)
+    assert gradcheck(function, leaves, fast_mode=backend.interpreted)
 
 
 def test_gradcheck_of_a_frozen_x(backend: Backend) -> None:
@@ -73,7 +73,20 @@ def test_gradcheck_of_a_frozen_x(backend: Backend) -> None:
     def function(*ts: Tensor) -> Tensor:
         return backend(case.replace(**dict(zip(names, ts, strict=True))))
 
-    assert gradcheck(function, leaves)
+    assert gradcheck(function, leaves, fast_mode=backend.interpreted)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_gradgradcheck_with_a_bound(each_backend: Backend) -> None:
+    """max_length bounds the second derivative's sets too."""
+    case = make_case(**SMALL, layout="packed")
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return fastac.attention_cluster(
+            x, weight, case.alpha, case.beta, offsets=case.offsets, max_length=4, backend=each_backend.name
+        )
+
+    leaves = (case.x.requires_grad_(), case.weight.requires_grad_())  # type: ignore[union-attr]
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
@@ -122,17 +135,19 @@ def test_opcheck(widest: Backend, weighting: str, layout: str, shift: bool) -> N
     )
     ops = torch.ops.fastac
     args = operator_arguments(case)
-    torch.library.opcheck(ops.cpu_inference.default, args, test_utils=OPCHECKS)
     leaves = case.replace(**{n: t.clone().requires_grad_() for n, t in case.floats().items()})
+    # With a bound of the lengths, and without where the argument is left to its default.
+    bound = (7,) if layout == "packed" else ()
+    torch.library.opcheck(ops.cpu_inference.default, (*args, *bound), test_utils=OPCHECKS)
     for save in (True, False) if layout == "padded" else (True,):
         torch.library.opcheck(
-            ops.cpu_forward.default, (*operator_arguments(leaves), save), test_utils=OPCHECKS
+            ops.cpu_forward.default, (*operator_arguments(leaves), save, *bound), test_utils=OPCHECKS
         )
         saved = ops.cpu_forward(*args, save)
         needs = sum(1 << i for i, t in enumerate(args[:6]) if t is not None)
         for mask in (needs, needs & ~1, 0) if layout == "padded" else (needs,):
             torch.library.opcheck(
-                ops.cpu_backward.default, (case.dy(), *args, *saved, mask), test_utils=OPCHECKS
+                ops.cpu_backward.default, (case.dy(), *args, *saved, mask, *bound), test_utils=OPCHECKS
             )
 
 
@@ -211,6 +226,28 @@ def test_only_wanted_gradients_are_asked_for(widest: Backend) -> None:
             assert leaf.grad is not None and leaf.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_max_length_reaches_every_operator(widest: Backend, layout: str) -> None:
+    """The bound of a packed call goes to inference, forward and backward; a padded call has L."""
+    case = make_case(layout=layout)
+    x = case.x.clone().requires_grad_()
+    arguments = (case.weight, case.alpha, case.beta)
+    options = {"offsets": case.offsets, "max_length": 40, "backend": widest.name}
+    found = []
+
+    class Bounds(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "fastac":
+                position = [a.name for a in func._schema.arguments].index("max_length")
+                found.append(args[position] if len(args) > position else None)
+            return func(*args, **(kwargs or {}))
+
+    with Bounds():
+        fastac.attention_cluster(case.x, *arguments, **options)
+        fastac.attention_cluster(x, *arguments, **options).sum().backward()
+    assert found == [40 if layout == "packed" else None] * 3
+
+
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
     """Notes the `needs` of every call of cpu_backward."""
 
@@ -220,7 +257,7 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.fastac.cpu_backward.default:
-            self.needs.append(args[-1] if "needs" not in (kwargs or {}) else kwargs["needs"])
+            self.needs.append(args[14] if "needs" not in (kwargs or {}) else kwargs["needs"])
         return func(*args, **(kwargs or {}))
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastac
-from fastac import _native, backends
+from fastac import _native, backends, info
 from fastac.__main__ import main
+from fastac.kernels import plan
 
 X, W = torch.randn(2, 5, 64), torch.randn(3, 64)
 AUTOMATIC = "cpu" if _native.available else "reference"
@@ -23,6 +30,21 @@ AUTOMATIC = "cpu" if _native.available else "reference"
 def unforced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "current", None)
     monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Triton that the kernels can use, whatever is installed; nothing here launches one."""
+    monkeypatch.setattr(backends, "triton_version", lambda: "3.6.0")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Fake x (2, 5, 64) and weight (3, 64) on a CUDA device, which need no GPU."""
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    with FakeTensorMode():
+        yield torch.empty(2, 5, 64, device="cuda"), torch.empty(3, 64, device="cuda")
 
 
 def ran(x: Tensor = X, **kwargs: object) -> str:
@@ -70,12 +92,163 @@ def test_unknown_name_lists_the_known(name: str) -> None:
         fastac.attention_cluster(X, W, backend=name)
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_asked_for_and_not_built(name: str) -> None:
-    with pytest.raises(ValueError, match=f"backend '{name}' cannot run this call: not built"):
-        fastac.attention_cluster(X, W, backend=name)
-    with fastac.backend(name), pytest.raises(ValueError, match="not built"):
+def test_asked_for_and_not_built() -> None:
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run this call: not built"):
+        fastac.attention_cluster(X, W, backend="cuda")
+    with fastac.backend("cuda"), pytest.raises(ValueError, match="not built"):
         fastac.attention_cluster(X, W)
+
+
+@pytest.mark.usefixtures("triton")
+def test_triton_on_the_cpu_is_for_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "x is on cpu; Triton runs there only in its interpreter (TRITON_INTERPRET=1)"
+    assert backends.why_not("triton", X) == backends.passed_over("triton", X) == refused
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this call: x is on cpu; Triton"):
+        fastac.attention_cluster(X, W, backend="triton")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "triton.language.standard", raising=False)
+    assert backends.why_not("triton", X) is None
+    assert backends.choose(X, "triton") == "triton"
+    by_name = "runs in Triton's interpreter, only when asked for by name"
+    assert backends.passed_over("triton", X) == by_name
+    assert backends.choose(X) == AUTOMATIC
+    assert fastac.explain(X, W).reasons["triton"] == by_name
+
+    compiled = types.ModuleType("triton.language.standard")
+    compiled.cdiv = lambda: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, compiled.__name__, compiled)
+    late = "x is on cpu, and TRITON_INTERPRET=1 was set after Triton was imported"
+    assert backends.why_not("triton", X) == late
+
+
+def test_triton_without_the_native_library_is_not_the_automatic_choice(
+    triton: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An interpreter some thousand times slower than plain torch: never unasked."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "triton.language.standard", raising=False)
+    monkeypatch.setattr(_native, "available", False)
+    monkeypatch.setattr(_native, "why_not", "taken away by this test")
+    with caplog.at_level(logging.INFO, "fastac"):
+        assert ran() == "reference"
+    assert "triton: runs in Triton's interpreter, only when asked for by name" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        (None, "triton is not installed"),
+        ("3.5.1", "triton 3.6 or later is needed, version 3.5.1 is installed"),
+        ("2.9", "triton 3.6 or later is needed, version 2.9 is installed"),
+        ("unknown", "triton 3.6 or later is needed, version unknown is installed"),
+        ("3.6.0", None),
+        ("3.10.0+git1234", None),
+        ("4.0", None),
+    ],
+)
+def test_which_triton_will_do(
+    gpu: tuple[Tensor, Tensor], version: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "triton_version", lambda: version)
+    assert backends.why_not("triton", gpu[0]) == reason
+    assert backends.choose(gpu[0]) == ("triton" if reason is None else "reference")
+
+
+def test_the_version_of_triton_comes_from_its_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under whichever name it was distributed, and without an import."""
+    look_up = backends.triton_version.__wrapped__
+    versions = {"triton": "3.6.0", "pytorch-triton-rocm": "3.7.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    provided = {"triton": ["pytorch-triton-rocm"]}
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends.importlib.metadata, "version", version)
+    monkeypatch.setattr(backends.importlib.metadata, "packages_distributions", lambda: provided)
+    assert look_up() == "3.6.0"
+    del versions["triton"]
+    assert look_up() == "3.7.0"
+    provided.clear()
+    assert look_up() == "unknown"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert look_up() is None
+
+
+@pytest.mark.usefixtures("triton")
+def test_automatic_choice_on_a_gpu(
+    gpu: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, weight = gpu
+    with caplog.at_level(logging.INFO, "fastac"):
+        assert backends.choose(x) == "triton"
+        assert fastac.attention_cluster(x, weight).device == x.device
+    assert [r.getMessage() for r in caplog.records] == ["backend triton for cuda, torch.float32"]
+    with pytest.raises(
+        ValueError, match="backend 'cpu' cannot run this call: x is on cuda:0, not on the CPU"
+    ):
+        fastac.attention_cluster(x, weight, backend="cpu")
+
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    old = "CUDA capability 8.0 or later is needed, x is on a GPU of 7.5"
+    assert backends.why_not("triton", x) == old
+    assert backends.choose(x) == "reference"
+    with pytest.raises(ValueError, match="backend 'triton' cannot run this call: " + old):
+        backends.choose(x, "triton")
+    monkeypatch.setattr(backends, "_capability", lambda index: (8, 0))
+    assert backends.choose(x) == "triton"
+
+    # Of AMD's GPUs none has run the kernels: they may, if they are asked to.
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backends.choose(x) == "reference"
+    assert backends.choose(x, "triton") == "triton"
+    assert "compiled for AMD GPUs but never run on one" in str(backends.passed_over("triton", x))
+
+
+@pytest.mark.usefixtures("triton")
+def test_triton_on_other_devices() -> None:
+    assert backends.why_not("triton", X.to("meta")) == "x is on meta, not on a CUDA device"
+
+
+@pytest.mark.usefixtures("triton", "gpu")
+def test_triton_has_no_rules_for_transforms() -> None:
+    seen = []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(backends.why_not("triton", x))
+        return x
+
+    torch.vmap(function)(torch.empty(2, 5, 64, device="cuda"))
+    assert "torch.func transforms" in seen[0]
+
+
+@pytest.mark.usefixtures("triton")
+def test_explain_has_the_plan_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of the very call: the bound of a packed x, none for a padded one, the dtype of autocast."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "triton.language.standard", raising=False)
+    planned = []
+    monkeypatch.setattr(plan, "describe", lambda p: planned.append(p) or {"launches": 2})
+    padded = fastac.explain(X, W, max_length=9, backend="triton")
+    assert (padded.backend, padded.plan) == ("triton", {"launches": 2})
+    assert "plan       launches: 2" in str(padded)
+    if _native.available:
+        assert padded.reasons["cpu"] == "could run this call, another backend was asked for"
+    fastac.explain(X[0], W, offsets=torch.tensor([0, 1, 4]), max_length=4, backend="triton")
+    with torch.autocast("cpu", torch.bfloat16):
+        fastac.explain(X, torch.randn(1, 64), backend="triton")
+    common = {"features": 64, "weighting": "linear", "shift": False, "gpu": ""}
+    sizes = [
+        {"batch": 2, "length": 5, "longest": 5, "units": 3, "itemsize": 4, "layout": "padded", "kept": True},
+        {"batch": 2, "length": 5, "longest": 4, "units": 3, "itemsize": 4, "layout": "packed", "kept": True},
+        {"batch": 2, "length": 5, "longest": 5, "units": 1, "itemsize": 2, "layout": "padded", "kept": True},
+    ]
+    for p, wanted in zip(planned, sizes, strict=True):
+        assert {name: getattr(p, name) for name in (*common, *wanted)} == common | wanted
 
 
 def test_asked_for_on_another_device() -> None:
@@ -231,6 +404,18 @@ def test_explain_prints_every_part() -> None:
 # The command line
 
 
+def environment_read_by_the_sources() -> set[str]:
+    """Names of the environment variables that the package or its build looks up."""
+    root = Path(fastac.__file__).parents[1]
+    sources = [p for folder in ("fastac", "kernels") for p in (root / folder).rglob("*.py")]
+    sources += [p for p in (root / "setup.py",) if p.is_file()]
+    return {
+        name
+        for path in sources
+        for name in re.findall(r"""(?:environ\.get|environ|switch)[(\[]\s*"([A-Z_]+)""", path.read_text())
+    }
+
+
 def test_info_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
@@ -238,12 +423,14 @@ def test_info_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
         fastac.__version__,
         torch.__version__,
         "cuda: not built",
-        "triton: not built",
+        "triton: ",
+        f"triton {backends.triton_version() or 'is not installed'}",
+        f"numpy {version('numpy')}",
         "reference: available",
     ):
         assert part in text
-    for name in ("FASTAC_BACKEND", "FASTAC_CPU_ISA", "FASTAC_CHECK", "FASTAC_NATIVE"):
-        assert name in text
+    for name in (*info.ENVIRONMENT, *environment_read_by_the_sources()):
+        assert f"  {name}=" in text
     if _native.available:
         assert f"instruction set in use: {_native.isa()}" in text
         assert str(_native.PATH) in text

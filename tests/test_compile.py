@@ -6,9 +6,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers import LAYOUTS, WEIGHTINGS, Backend, Case, assert_near, make_case, run
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastac
+from fastac import backends, ops
 
 pytestmark = pytest.mark.unguarded
 
@@ -140,3 +146,159 @@ def test_autocast_inside_the_graph(each_backend: Backend) -> None:
     found = run(fast, case, dy)
     assert found["y"].dtype == torch.bfloat16
     assert_near(found, run(call, case, dy), torch.bfloat16)
+
+
+# The triton backend on fake tensors: everything above its kernels, on a machine without a GPU
+
+
+@pytest.fixture
+def triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The triton backend can run every call: fake tensors launch nothing."""
+    monkeypatch.setattr(backends, "current", None)
+    monkeypatch.setitem(backends.PREDICATES, "triton", lambda x: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+class Graphs:
+    """A compiler that keeps the operators of fastac in the graphs of the forward and of the backward."""
+
+    def __init__(self) -> None:
+        self.forward: list[list[str]] = []
+        self.backward: list[list[str]] = []
+        self.backend = aot_autograd(
+            fw_compiler=lambda module, _: self._keep(self.forward, module),
+            bw_compiler=lambda module, _: self._keep(self.backward, module),
+        )
+
+    @staticmethod
+    def _keep(kept: list[list[str]], module: torch.fx.GraphModule) -> Callable[..., object]:
+        targets = [n.target for n in module.graph.nodes if n.op == "call_function"]
+        kept.append([t.name() for t in targets if getattr(t, "namespace", "") == "fastac"])
+        function: Callable[..., object] = make_boxed_func(module.forward)
+        return function
+
+
+def on(device: str, case: Case) -> Case:
+    """Operands of the same shapes with no values; fake ones under a FakeTensorMode."""
+    tensors = {n: t for n, t in case.operands().items() if isinstance(t, Tensor)}
+    return case.replace(**{n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in tensors.items()})
+
+
+def automatic(case: Case, max_length: int | None = None) -> Tensor:
+    """y by the public functions, without a backend's name."""
+    rest = {name: getattr(case, name) for name in ("lengths", "mask", "offsets", "eps")}
+    rest["max_length"] = max_length
+    if case.scores is not None:
+        return fastac.attention_pool(case.x, case.scores, case.alpha, case.beta, **rest)
+    rest["position_bias"] = case.position_bias
+    return fastac.attention_cluster(case.x, case.weight, case.alpha, case.beta, **rest)
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_one_graph_on_fake_cuda_tensors(weighting: str, layout: str) -> None:
+    """Inference on a CUDA device: triton is chosen without being named, in one graph."""
+    case, graphs = make_case(weighting=weighting, layout=layout), Graphs()
+    with FakeTensorMode():
+        case = on("cuda", case)
+        y = compiled(automatic, case, backend=graphs.backend)(case)
+    assert (y.device.type, y.shape) == ("cuda", (5, case.cluster_size, 67))
+    assert graphs.forward == [["fastac::triton_forward"]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_operators_on_fake_cuda_tensors(weighting: str, layout: str) -> None:
+    """Shapes, dtypes and devices of what the three operators return, with the gradient of x and without."""
+    case = make_case(weighting=weighting, layout=layout, dtype=torch.bfloat16)
+    with FakeTensorMode():
+        case = on("cuda", case)
+        floats = (case.x, case.weight, case.scores, case.position_bias, case.alpha, case.beta)
+        arguments = (*floats, case.lengths, case.mask, case.offsets, case.eps)
+        y, stats, saved = ops.operator("triton", "forward")(*arguments, True)
+        again = ops.operator("triton", "inference")(*arguments)
+        needs = sum(1 << i for i, t in enumerate(floats) if t is not None)
+        for asked in (needs, needs & ~1):
+            gradients = ops.operator("triton", "backward")(y, *arguments, y, stats, saved, asked)
+            for i, (t, gradient) in enumerate(zip(floats, gradients, strict=True)):
+                shape = t.shape if t is not None and asked >> i & 1 else (0,)
+                assert (gradient.shape, gradient.dtype) == (shape, torch.bfloat16)
+                assert gradient.device.type == "cuda"
+    units = case.cluster_size
+    for t in (y, again):
+        assert (t.shape, t.dtype) == ((5, units, 67), torch.bfloat16)
+    assert (stats.shape, stats.dtype) == ((3, 5, units), torch.float32)
+    assert saved.shape == ((0,) if case.weight is None else (*case.x.shape[:-1], units))
+    assert {t.device.type for t in (y, again, stats, saved)} == {"cuda"}
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_training_in_one_graph_of_fake_tensors(weighting: str, layout: str) -> None:
+    """Forward and backward of the triton backend are one operator each.
+
+    On CPU tensors: a CPU build of torch aborts where autograd meets a CUDA tensor, a fake one included.
+    """
+    case, graphs = make_case(weighting=weighting, layout=layout), Graphs()
+    with FakeTensorMode():
+        case = on("cpu", case)
+        fast = compiled(Backend("triton"), case, backend=graphs.backend)
+        results = run(fast, case, torch.empty(5, case.cluster_size, 67))
+    for name, t in case.floats().items():
+        assert results[f"d{name}"].shape == t.shape
+    assert graphs.forward == [["fastac::triton_forward"]]
+    assert graphs.backward == [["fastac::triton_backward"]]
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_at_most_two_compilations_on_fake_cuda_tensors(layout: str) -> None:
+    """L, T and the bound of the lengths vary."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(operands: dict[str, Tensor], bound: int | None) -> Tensor:
+        return automatic(Case(**operands), bound)
+
+    fast = torch.compile(function, fullgraph=True, backend=counter)
+    cases = [(L, make_case(L=L, layout=layout)) for L in (25, 2, 7, 64, 3, 131, 300)]
+    with FakeTensorMode():
+        for L, case in cases:
+            operands = {n: t for n, t in on("cuda", case).operands().items() if isinstance(t, Tensor)}
+            y = fast(operands, L if layout == "packed" else None)
+            assert y.shape == (5, 11, 67)
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_autocast_on_fake_cuda_tensors(
+    dtype: torch.dtype, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x and weight reach the operator in the autocast type unless x is float64, alpha as it is."""
+    seen, sizes = set(), ops.sizes
+
+    def noting(x: Tensor, weight: Tensor, scores: None, alpha: Tensor, offsets: None) -> object:
+        seen.add((x.dtype, weight.dtype, alpha.dtype))
+        return sizes(x, weight, scores, alpha, offsets)
+
+    monkeypatch.setattr(ops, "sizes", noting)  # what the fake kernels call
+    case = make_case(dtype=dtype)
+    if dtype == torch.float16:  # which alpha and beta may not be where x becomes bfloat16
+        case.alpha, case.beta = case.alpha.float(), case.beta.float()  # type: ignore[union-attr]
+    # torch.autocast switches itself off where there is no GPU.
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            case = on("cuda", case)
+            y = (compiled(automatic, case, backend="aot_eager") if compiling else automatic)(case)
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+    target = torch.float64 if dtype == torch.float64 else torch.bfloat16
+    assert y.dtype == target
+    assert seen == {(target, target, case.alpha.dtype)}  # type: ignore[union-attr]

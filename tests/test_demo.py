@@ -24,6 +24,8 @@ from fastac.models.flash_mnist import (
     train_step,
 )
 
+pytestmark = pytest.mark.xdist_group("demo")  # what is built once is shared
+
 SMALL = [
     "--data",
     "digits",

@@ -10,6 +10,8 @@ import pytest
 import torch
 from native import ISAS, ROOT, load
 
+pytestmark = pytest.mark.xdist_group("native")  # what is built once is shared
+
 # Names and shapes (B, L, M, N) of the workloads of the benchmarks; None: lengths of 1 to 300.
 WORKLOADS: dict[str, tuple[int, int | None, int, int]] = {
     "kinetics-rgb": (256, 25, 1536, 64),

@@ -19,6 +19,8 @@ import torch
 import fastac
 from fastac import _native
 
+pytestmark = pytest.mark.xdist_group("packaging")  # what is built once is shared
+
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
 
