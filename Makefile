@@ -17,8 +17,8 @@ CROSS_CXX ?= aarch64-linux-gnu-g++
 
 help:
 	@echo "make demo      train an attention cluster on handwritten digits and compare with plain torch (minutes)"
-	@echo "make test      build and run the tests (at most six minutes on two cores)"
-	@echo "make full      run every test, the long ones too"
+	@echo "make test      build and run the tests (about six minutes on two cores)"
+	@echo "make full      run every test, the long ones too, and compile every Triton configuration (an hour or more)"
 	@echo "make bench     measure against eager, torch.compile and scaled_dot_product_attention"
 	@echo "make aot       compile the Triton kernels for NVIDIA and AMD GPUs that need not be there (AOT_ARGS=--all: all)"
 	@echo "make gpu       on an NVIDIA GPU: tests, race repeats, benchmark; GPU_PYTHON=python3 uses that torch, no .venv"
@@ -72,6 +72,8 @@ test: build
 full: build
 	@echo "== all tests"
 	@$(PYTEST) --durations=20
+	@echo "== compiling every Triton configuration"
+	@$(PY) -m fastac.kernels.aot --all
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
@@ -113,8 +115,10 @@ sanitize: build
 		$(CURDIR)/$(PY) -c 'import fastac._native as n; print(n.PATH); assert n.available, n.why_not' | \
 			grep -F $(SANITIZED) && \
 		$(CURDIR)/$(VENV)/bin/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR) -m "not full" \
-		-p no:cacheprovider --capture=sys $(addprefix --ignore=$(CURDIR)/tests/,test_compile.py test_native.py test_packaging.py \
-		test_import.py test_demo.py test_data.py) $(SANITIZE_ARGS) $(CURDIR)/tests
+		-k "not triton" -p no:cacheprovider --capture=sys \
+		$(addprefix --ignore=$(CURDIR)/tests/,gpu test_aot.py test_compile.py test_data.py test_demo.py test_gpu_tools.py \
+		test_import.py test_interpreter.py test_native.py test_packaging.py test_plan.py test_triton.py) \
+		$(SANITIZE_ARGS) $(CURDIR)/tests
 
 cross: $(VENV)/.torch
 	@command -v $(CROSS_CXX) >/dev/null || { echo "$(CROSS_CXX) is not installed"; exit 1; }

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -271,9 +271,10 @@ class Job:
 
     @property
     def dtype(self) -> str:
-        """Of x, or of y where the kernel does not take x."""
+        """Of x, or of y where the kernel does not take x, or of the sums where it takes neither."""
         types = dict(self.signature)
-        return _NAMES[types.get("x_ptr", types.get("y_ptr", "")).removeprefix("*")]
+        x = types.get("x_ptr") or types.get("y_ptr") or types["stats_ptr"]
+        return _NAMES[x.removeprefix("*")]
 
     @property
     def tile(self) -> dict[str, int]:
@@ -313,15 +314,18 @@ class Job:
         half = self.dtype in ("bfloat16", "float16") or self.constant("PRECISION") == "tf32"
         if self.kernel == "backward_reduce":
             half = half and self.constant("NEED_WEIGHT")
+        if self.kernel == "backward_blocks":  # the second part alone multiplies for dx only
+            half = half and (self.constant("FIRST") or self.constant("NEED_X"))
         return half and self.kernel not in WITHOUT_DOT
 
 
 def specialise(
-    parameters: Iterable[tuple[str, bool]], arguments: dict[str, Any]
+    parameters: Iterable[tuple[str, bool]], arguments: dict[str, Any], general: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
     """Signature, constants and attributes of a launch, as Triton derives them from its arguments.
 
     `parameters`: names, and whether they are declared constants. None and the integer 1 become constants.
+    `general`: integers that are declared not to be specialised, so that their values do not matter.
     "D" marks integers that 16 divides, and tensors, since they start at multiples of 16 bytes; "S" tensors of
     less than 2 GB.
     """
@@ -335,11 +339,11 @@ def specialise(
             signature[name] = _POINTERS[value.dtype]
             small = value.untyped_storage().nbytes() < 2**31
             attributes[name] = "DS" if small else "D"
-        elif constant or value is None or value == 1:
+        elif constant or value is None or (value == 1 and name not in general):
             constants[name] = value
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in general:
                 attributes[name] = "D"
     return signature, constants, attributes
 
@@ -347,7 +351,8 @@ def specialise(
 def job(kernel: Any, arguments: dict[str, Any], warps: int, stages: int, origin: str = "class") -> Job:
     """The job of one launch."""
     parameters = [(p.name, p.is_constexpr) for p in kernel.params]
-    signature, constants, attributes = specialise(parameters, arguments)
+    general = {p.name for p in kernel.params if p.do_not_specialize}
+    signature, constants, attributes = specialise(parameters, arguments, general)
     return Job(
         kernel.__name__,
         tuple(signature.items()),
@@ -402,7 +407,8 @@ def _neighbours(kernel: Any, arguments: dict[str, Any], warps: int, stages: int)
         return
     block_l = arguments.get("BLOCK_L", arguments.get("BLOCK_R"))
     config = plan.Config(block_l, arguments["BLOCK_N"], arguments["BLOCK_M"], warps, stages)
-    for other in plan.neighbours(config, arguments["x_ptr"].dtype.itemsize)[1:]:
+    name = {"forward_blocks": "forward", "backward_blocks": "backward"}.get(kernel.__name__, "reduce")
+    for other in plan.neighbours(config, arguments["x_ptr"].dtype.itemsize, name)[1:]:
         changed = arguments | {"BLOCK_M": other.block_m}
         yield job(kernel, changed, other.warps, other.stages, "neighbour")
 
@@ -446,17 +452,20 @@ def cover(
 
 
 def select(found: Sequence[Job], limit: int = LIMIT) -> list[Job]:
-    """At most `limit` jobs: the first of each kernel and dtype, each form, then what shows most new."""
+    """At most `limit` jobs: the workloads' first, each dtype and form, then what shows most new."""
 
     def facets(j: Job) -> Facets:
         size = "half" if j.dtype in ("bfloat16", "float16") else j.dtype
         shown: Facets = {(j.kernel, size, *item): 1 for item in j.tile.items()}
         shown |= {(j.kernel, size, flag): 1 for flag in j.flags}
+        # With any dtype: every value of every constant, the flags' False too.
+        constants = [(k, v) for k, v in j.constants if k.isupper() and not k.startswith("BLOCK_")]
+        shown |= {(j.kernel, *item): 50 for item in constants if item[0] not in ("ACC", "EPS")}
         return shown | {("form", j.kernel, j.dtype, j.constant("WEIGHTING")): 1000}
 
     firsts: dict[tuple[str, str], Job] = {}
     for j in found:
-        firsts.setdefault((j.kernel, j.dtype), j)
+        firsts.setdefault((j.kernel, j.dtype if j.constant("WEIGHTING") is not None else ""), j)
     return cover(found, firsts.values(), facets, limit)
 
 

@@ -64,7 +64,18 @@ def _shift_gradients(mean, ones, offset, alpha, beta, norm, c, M, EPS: tl.conste
     return tl.where(through_beta, -beta * divide(dbeta, safe, ACC), dalpha), dbeta
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "length",
+        "blocks",
+        "rows",
+        "bias_length",
+        "counters",
+        "dscores_b",
+        "dscores_n",
+    ]
+)
 def backward_blocks(
     dy_ptr, x_ptr, weight_ptr, scores_ptr, bias_ptr, alpha_ptr, beta_ptr, lengths_ptr, mask_ptr, offsets_ptr,
     y_ptr, stats_ptr, saved_ptr,  # of the forward
@@ -72,7 +83,7 @@ def backward_blocks(
     dscores_ptr,  # (B, N, L) or (N, T)
     mix_ptr,  # scratch (2, rows, N): A; and dS, or e between the launches
     pivots_ptr,  # scratch (2, rows): rho; and rho less the pivot of the set
-    means_ptr,  # scratch (3, B, N): coefficient of y in dU / c, dU·1 / c, rowsum(a e)
+    means_ptr,  # scratch (4, B, N): coefficient of y in dU / c, dU·1 / c, rowsum(a e), pivot
     sums_ptr,  # scratch (blocks, N): the block's part of rowsum(a e)
     dshift_ptr,  # scratch (2, B, N): dalpha and dbeta of every set
     counters_ptr,  # scratch (counters,) int32: set to zero here for `backward_reduce`
@@ -81,8 +92,8 @@ def backward_blocks(
     mask_b, mask_l, dscores_b, dscores_n,
     EPS: tl.constexpr, WEIGHTING: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr,
     SAVED: tl.constexpr, LAYOUT: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
-    GRAM: tl.constexpr, NEED_X: tl.constexpr, NEED_SCORES: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, SMALL_PRECISION: tl.constexpr,
+    GRAM: tl.constexpr, NEED_X: tl.constexpr, NEED_SCORES: tl.constexpr, ONE_UNIT_BLOCK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, SMALL_PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The weights, e, and dX of one block."""
@@ -90,6 +101,8 @@ def backward_blocks(
     b, block = locate(pid, offsets_ptr, batch, length, blocks, LAYOUT, BLOCK_L)
     row, positions = set_rows(b, offsets_ptr, batch, length, LAYOUT)
     count = valid_count(b, positions, lengths_ptr, batch, LAYOUT)
+    if FIRST and SECOND:  # as in the forward
+        count = tl.minimum(count, BLOCK_L)
     l = block * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = l < positions
     valid = is_valid(b, l, count, mask_ptr, mask_b, mask_l, LAYOUT)
@@ -98,7 +111,7 @@ def backward_blocks(
     all_sets = wide(batch) * N
     mix_at = (row + l) * N  # [BL]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
+    HALF: tl.constexpr = DTYPE == tl.float16 or DTYPE == tl.bfloat16
     WITH_Y: tl.constexpr = SHIFT and not GRAM
 
     cols, there = columns(0, M, BLOCK_M)
@@ -119,7 +132,7 @@ def backward_blocks(
             rest = tl.where(valid, rho - pivot, 0.0)  # [BL]
             tl.store(pivots_ptr + row + l, rho, valid)
             tl.store(pivots_ptr + rows + row + l, rest, valid)
-            for n0 in range(0, N, BLOCK_N):
+            for n0 in range(0, 1 if ONE_UNIT_BLOCK else N, BLOCK_N):
                 n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
                 units = n < N
                 s = tl.zeros([BLOCK_N, BLOCK_L], ACC)
@@ -159,6 +172,11 @@ def backward_blocks(
                     if GRAM and SHIFT:
                         gram += tl.dot(x, x_t, input_precision=PRECISION, out_dtype=ACC)
                         x_sum += tl.sum(x.to(ACC), axis=1)
+                # Triton's compiler wants one use of each sum that a loop made.
+                dy_sum += 0.0
+                y_sum += 0.0
+                y_dy += 0.0
+                x_sum += 0.0
                 if HALF:  # the products were with x itself
                     p -= dy_sum[:, None] * rho[None, :]
                     y_x -= y_sum[:, None] * rho[None, :]
@@ -200,14 +218,12 @@ def backward_blocks(
                             mixed_h, mixed_scale = narrow(tl.trans(mixed * alpha[:, None]), DTYPE)
                             gram_mix += product(mixed_h, mixed_scale, a.to(DTYPE), ACC, PRECISION)
                     else:
-                        coefficient = tl.where(
-                            is_normalised(norm, EPS, ACC), N * y_dy, 0.0
-                        )  # û (û·dY) = N y (y·dY)
+                        # û (û·dY) = N y (y·dY)
+                        coefficient = tl.where(is_normalised(norm, EPS, ACC), N * y_dy, 0.0)
                         e -= coefficient[:, None] * y_x
                         ones -= coefficient * y_sum
-                e += (
-                    ones[:, None] * rest[None, :]
-                )  # dU xᵀ / c, less a part that is the same for all positions
+                # e = dU xᵀ / c, less a part that is the same for all positions
+                e += ones[:, None] * rest[None, :]
                 mean = tl.sum(a * e, axis=1)
                 weighted = a * (alpha * c)[:, None]  # A
                 here = units[:, None] & valid[None, :]
@@ -229,31 +245,33 @@ def backward_blocks(
                     tl.store(sums_ptr + wide(pid) * N + n, mean, units)
                     if block == 0:
                         tl.store(means_ptr + all_sets + set_n + n, ones, units)
+                        tl.store(means_ptr + 3 * all_sets + set_n + n, offset, units)
                 if WITH_Y and block == 0:
                     tl.store(means_ptr + set_n + n, coefficient, units)
-                tl.store(mix_ptr + rows * N + mix_at[None, :] + n[:, None], e, here)
+                tl.store(mix_ptr + wide(rows) * N + mix_at[None, :] + n[:, None], e, here)
     if FIRST and SECOND:
         tl.debug_barrier()  # what this program stored is read below, by other threads
 
     if SECOND:
         work = b < batch and block * BLOCK_L < count
         if not FIRST:  # dS = A (e - rowsum(a e))
-            for n0 in range(0, N, BLOCK_N):
+            for n0 in range(0, 1 if ONE_UNIT_BLOCK else N, BLOCK_N):
                 n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
                 units = n < N
                 here = units[:, None] & (valid & work)[None, :]
                 mean = tl.load(means_ptr + 2 * all_sets + set_n + n, units & work, other=0)
                 a = tl.load(mix_ptr + mix_at[None, :] + n[:, None], here, other=0)
-                e_at = mix_ptr + rows * N + mix_at[None, :] + n[:, None]
+                e_at = mix_ptr + wide(rows) * N + mix_at[None, :] + n[:, None]
                 ds = a * (tl.load(e_at, here, other=0) - mean[:, None])
                 tl.store(e_at, ds, here)
                 if NEED_SCORES:
                     at = set_base(dscores_ptr, b, row, dscores_b, 1, LAYOUT)
                     at += n[:, None] * dscores_n + l[None, :]
-                    tl.store(at, ds.to(dscores_ptr.dtype.element_ty), units[:, None] & inside[None, :])
+                    ds = tl.where(here, ds, 0.0).to(dscores_ptr.dtype.element_ty)
+                    tl.store(at, ds, units[:, None] & inside[None, :])
             tl.debug_barrier()
         elif NEED_SCORES and not work:
-            for n0 in range(0, N, BLOCK_N):
+            for n0 in range(0, 1 if ONE_UNIT_BLOCK else N, BLOCK_N):
                 n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
                 at = set_base(dscores_ptr, b, row, dscores_b, 1, LAYOUT)
                 at += n[:, None] * dscores_n + l[None, :]
@@ -268,9 +286,9 @@ def backward_blocks(
             for m0 in range(0, M, BLOCK_M):
                 cols, there = columns(m0, M, BLOCK_M)
                 dx = tl.zeros([BLOCK_L, BLOCK_M], ACC)
-                for n0 in range(0, units_there, BLOCK_N):
+                for n0 in range(0, 1 if ONE_UNIT_BLOCK else units_there, BLOCK_N):
                     n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
-                    units = n < N
+                    units = n < units_there
                     dy = load_tile(dy_ptr + wide(b) * dy_b, n, cols, dy_n, dy_m, units, there)
                     a = load_tile(mix_ptr, mix_at, n, 1, 1, valid, units)  # [BL, BN]
                     if WITH_Y:
@@ -285,7 +303,7 @@ def backward_blocks(
                     dx += product(a_h, a_scale, dy, ACC, PRECISION)  # Aᵀ dU / c
                     if WEIGHTING == LINEAR:
                         w = load_tile(weight_ptr, n, cols, weight_n, weight_m, units, there)
-                        ds = load_tile(mix_ptr + rows * N, mix_at, n, 1, 1, valid, units)
+                        ds = load_tile(mix_ptr + wide(rows) * N, mix_at, n, 1, 1, valid, units)
                         ds_h, ds_scale = narrow(ds, DTYPE)
                         dx += product(ds_h, ds_scale, w, ACC, PRECISION)  # dSᵀ W
                 if GRAM and SHIFT:
@@ -298,20 +316,19 @@ def backward_blocks(
                 tl.store(at, dx.to(DTYPE), inside[:, None] & there[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "blocks"])
 def backward_sums(
-    x_ptr, alpha_ptr, beta_ptr, lengths_ptr, mask_ptr, offsets_ptr,
-    stats_ptr, sums_ptr, means_ptr, dshift_ptr,
-    batch, length, M, N, blocks, x_b, x_l, x_m, mask_b, mask_l,
+    alpha_ptr, beta_ptr, lengths_ptr, offsets_ptr, stats_ptr, sums_ptr, means_ptr, dshift_ptr,
+    batch, length, M, N, blocks,
     EPS: tl.constexpr, SHIFT: tl.constexpr, LAYOUT: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """rowsum(a e) of one set and BLOCK_N units, and from it what the set adds to dalpha and dbeta."""
     unit_blocks = tl.cdiv(N, BLOCK_N)
     b = tl.program_id(0) // unit_blocks
     n = ((tl.program_id(0) % unit_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     units = n < N
-    row, positions = set_rows(b, offsets_ptr, batch, length, LAYOUT)
+    _, positions = set_rows(b, offsets_ptr, batch, length, LAYOUT)
     count = valid_count(b, positions, lengths_ptr, batch, LAYOUT)
     first = first_block(offsets_ptr, b, length, blocks, LAYOUT, BLOCK_L)
     parts = tl.maximum((count + BLOCK_L - 1) // BLOCK_L, 1)
@@ -323,15 +340,10 @@ def backward_sums(
     all_sets = wide(batch) * N
     tl.store(means_ptr + 2 * all_sets + at, mean, units)
     if SHIFT:
-        base = set_base(x_ptr, b, row, x_b, x_l, LAYOUT)
-        pivot = set_pivot(
-            base, b, count, mask_ptr, mask_b, mask_l, x_l, x_m, M, LAYOUT, BLOCK_L, BLOCK_M, ACC
-        )
         ones = tl.load(means_ptr + all_sets + at, units, other=0)
-        total = tl.load(stats_ptr + all_sets + at, units, other=0)
         norm = tl.load(stats_ptr + 2 * all_sets + at, units, other=1)
         c = scale_of(norm, N, EPS, SHIFT, ACC)
-        offset = tl.where(total > 0, pivot, 0.0)
+        offset = tl.load(means_ptr + 3 * all_sets + at, units, other=0)
         alpha = tl.load(alpha_ptr + n, units, other=0).to(ACC)
         beta = tl.load(beta_ptr + n, units, other=0).to(ACC)
         dalpha, dbeta = _shift_gradients(mean, ones, offset, alpha, beta, norm, c, M, EPS, ACC)

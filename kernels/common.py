@@ -31,8 +31,8 @@ def wide(value):
 
 @triton.jit
 def _offset(offsets_ptr, i, length):
-    """offsets[i] (int64), clamped to the rows that there are."""
-    value = tl.load(offsets_ptr + i).to(tl.int64)
+    """offsets[i], clamped to the rows that there are; offsets[0] is 0 whatever the tensor says."""
+    value = tl.where(i > 0, tl.load(offsets_ptr + i).to(tl.int64), 0)
     return tl.minimum(tl.maximum(value, 0), length)
 
 
@@ -45,7 +45,8 @@ def first_block(offsets_ptr, b, length, blocks, LAYOUT: tl.constexpr, BLOCK_L: t
     """
     if LAYOUT == PACKED:
         return _offset(offsets_ptr, b, length) // BLOCK_L + b
-    return wide(b) * blocks
+    else:
+        return wide(b) * blocks
 
 
 @triton.jit
@@ -59,7 +60,8 @@ def set_rows(b, offsets_ptr, batch, length, LAYOUT: tl.constexpr):
         row = _offset(offsets_ptr, b, length)
         end = tl.where(b < batch, _offset(offsets_ptr, tl.minimum(b + 1, batch), length), length)
         return row, tl.maximum(end - row, 0)
-    return wide(b) * length, wide(length)
+    else:
+        return wide(b) * length, wide(length)
 
 
 @triton.jit
@@ -74,7 +76,8 @@ def locate(pid, offsets_ptr, batch, length, blocks, LAYOUT: tl.constexpr, BLOCK_
             low = tl.where(begins, middle, low)
             high = tl.where(begins, high, middle - 1)
         return low, pid - first_block(offsets_ptr, low, length, blocks, LAYOUT, BLOCK_L)
-    return pid // blocks, (pid % blocks).to(tl.int64)
+    else:
+        return pid // blocks, (pid % blocks).to(tl.int64)
 
 
 @triton.jit
@@ -82,7 +85,8 @@ def valid_count(b, positions, lengths_ptr, batch, LAYOUT: tl.constexpr):
     """How many leading positions of set b may be valid."""
     if LAYOUT == LENGTHS:
         return tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0), positions)
-    return tl.where(b < batch, positions, 0)
+    else:
+        return tl.where(b < batch, positions, 0)
 
 
 @triton.jit
@@ -90,7 +94,10 @@ def is_valid(b, l, count, mask_ptr, mask_b, mask_l, LAYOUT: tl.constexpr):
     """Which positions l of set b take part."""
     valid = l < count
     if LAYOUT == MASK:
-        valid = valid & (tl.load(mask_ptr + wide(b) * mask_b + l * mask_l, valid, other=0) != 0)
+        kept = tl.load(mask_ptr + wide(b) * mask_b + l * mask_l, valid, other=0)
+        # A maximum over one value: without it Triton lays out the products for the mask's 8 bits, which
+        # float64 has no instruction for.
+        valid = valid & (tl.max(kept.to(tl.int32)[:, None], axis=1) != 0)
     return valid
 
 
@@ -99,7 +106,8 @@ def set_base(x_ptr, b, row, x_b, x_l, LAYOUT: tl.constexpr):
     """Address of position 0 of set b in a tensor (B, L, ...) or (T, ...)."""
     if LAYOUT == PACKED:
         return x_ptr + row * x_l
-    return x_ptr + wide(b) * x_b
+    else:
+        return x_ptr + wide(b) * x_b
 
 
 @triton.jit
@@ -126,11 +134,12 @@ def narrow(t, DTYPE: tl.constexpr):
     For half types each row is divided by its largest value. So none leaves the range of float16, and weights
     that are all equal stay exact: their common rounding would not average out.
     """
-    if tl.float16 == DTYPE or tl.bfloat16 == DTYPE:
+    if DTYPE == tl.float16 or DTYPE == tl.bfloat16:
         largest = tl.max(tl.abs(t), axis=1, keep_dims=True)
         scale = tl.where(largest > 0, largest, 1.0)
         return (t / scale).to(DTYPE), scale
-    return t, tl.full([1, 1], 1.0, DTYPE)
+    else:
+        return t, tl.full([1, 1], 1.0, DTYPE)
 
 
 @triton.jit
@@ -160,7 +169,8 @@ def pivots(tile, M, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
     mean = tl.sum(x, axis=1) / count
     if tile.dtype == tl.float16 or tile.dtype == tl.bfloat16:
         return mean
-    return tl.where(5 * mean * mean > 4 * (tl.sum(x * x, axis=1) / count), mean, 0.0)
+    else:
+        return tl.where(5 * mean * mean > 4 * (tl.sum(x * x, axis=1) / count), mean, 0.0)
 
 
 @triton.jit
@@ -168,12 +178,12 @@ def set_pivot(
     base, b, count, mask_ptr, mask_b, mask_l, x_l, x_m, M,
     LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One pivot for the whole set, that of its first valid position; 0 if it has none."""
+    """One pivot for the whole set, that of its first valid position; 0 if none is near its start."""
     first = count * 0
     if LAYOUT == MASK:
         first = count
         start = count * 0
-        while start < first:  # ends with the block that holds the first valid position
+        while start < tl.minimum(first, 16 * BLOCK_L):  # ends with the block that has the first valid one
             l = start + tl.arange(0, BLOCK_L)
             valid = is_valid(b, l, count, mask_ptr, mask_b, mask_l, LAYOUT)
             first = tl.minimum(first, tl.min(tl.where(valid, l, count), axis=0))
@@ -186,9 +196,10 @@ def set_pivot(
 @triton.jit
 def divide(a, b, ACC: tl.constexpr):
     """a / b, correctly rounded."""
-    if tl.float64 == ACC:
+    if ACC == tl.float64:
         return a / b
-    return tl.div_rn(a, b)
+    else:
+        return tl.div_rn(a, b)
 
 
 @triton.jit
@@ -197,7 +208,8 @@ def scale_of(norm, N, EPS: tl.constexpr, SHIFT: tl.constexpr, ACC: tl.constexpr)
     one = tl.full(norm.shape, 1.0, ACC)
     if SHIFT:
         return divide(one, root(one * N, ACC) * tl.maximum(norm, tl.full(norm.shape, EPS, ACC)), ACC)
-    return one
+    else:
+        return one
 
 
 @triton.jit
@@ -209,6 +221,7 @@ def is_normalised(norm, EPS: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def root(a, ACC: tl.constexpr):
     """The square root, correctly rounded."""
-    if tl.float64 == ACC:
+    if ACC == tl.float64:
         return tl.sqrt(a)
-    return tl.sqrt_rn(a)
+    else:
+        return tl.sqrt_rn(a)

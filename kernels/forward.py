@@ -33,7 +33,7 @@ from .common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "length", "blocks", "unit_blocks", "all_blocks", "bias_length"])
 def forward_blocks(
     x_ptr, weight_ptr, scores_ptr, bias_ptr, alpha_ptr, beta_ptr, lengths_ptr, mask_ptr, offsets_ptr,
     y_ptr,  # (B, N, M)
@@ -56,13 +56,15 @@ def forward_blocks(
     b, block = locate(pid, offsets_ptr, batch, length, blocks, LAYOUT, BLOCK_L)
     row, positions = set_rows(b, offsets_ptr, batch, length, LAYOUT)
     count = valid_count(b, positions, lengths_ptr, batch, LAYOUT)
+    if not SPLIT:  # one block is all there is, even where a set is longer than the caller's max_length
+        count = tl.minimum(count, BLOCK_L)
     l = block * BLOCK_L + tl.arange(0, BLOCK_L)
     # The blocks of a set that hold none of its positions, the first one excepted, have nothing to do.
     if b < batch and (block == 0 or block * BLOCK_L < count):
         valid = is_valid(b, l, count, mask_ptr, mask_b, mask_l, LAYOUT)
         base = set_base(x_ptr, b, row, x_b, x_l, LAYOUT)
         DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-        HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
+        HALF: tl.constexpr = DTYPE == tl.float16 or DTYPE == tl.bfloat16
 
         cols, there = columns(0, M, BLOCK_M)
         rho = pivots(load_tile(base, l, cols, x_l, x_m, valid, there), M, BLOCK_M, ACC)  # [BL]
@@ -111,7 +113,7 @@ def forward_blocks(
         if SPLIT:
             tl.store(partial_stats_ptr + wide(pid) * N + n, greatest, units)
             tl.store(partial_stats_ptr + (wide(pid) + all_blocks) * N + n, total, units)
-            tl.store(partial_stats_ptr + (wide(pid) + 2 * all_blocks) * N + n, pivot + 0 * total, units)
+            tl.store(partial_stats_ptr + (wide(pid) + 2 * wide(all_blocks)) * N + n, pivot + 0 * total, units)
             for m0 in range(0, M, BLOCK_M):
                 cols, there = columns(m0, M, BLOCK_M)
                 x = load_tile(base, l, cols, x_l, x_m, valid, there)
@@ -161,13 +163,32 @@ def forward_blocks(
 
 
 @triton.jit
+def _combined(
+    partial_ptr, partial_stats_ptr, first, parts, n, M, N, m0, level, inverse, alpha, tau,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """u = alpha z + beta (Eq. 7) of one unit from the shares of all blocks; 0 beyond M. [BM]"""
+    cols, there = columns(m0, M, BLOCK_M)
+    core = tl.zeros([BLOCK_M], ACC)
+    for c0 in range(0, parts, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        peaks = tl.load(partial_stats_ptr + (first + c) * N + n, c < parts, other=float("-inf"))  # [BC]
+        shares = load_tile(partial_ptr + n * M, (first + c) * N, cols, M, 1, c < parts, there)  # [BC, BM]
+        core += tl.sum(shares * (tl.exp(peaks - level) * inverse)[:, None], axis=0)
+    return tl.where(there, alpha * core + tau, 0.0)
+
+
+@triton.jit(do_not_specialize=["batch", "length", "blocks", "all_blocks"])
 def forward_combine(
     alpha_ptr, beta_ptr, lengths_ptr, offsets_ptr, partial_ptr, partial_stats_ptr, y_ptr, stats_ptr,
     batch, length, M, N, blocks, all_blocks,
     EPS: tl.constexpr, SHIFT: tl.constexpr, LAYOUT: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    ONE_TILE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """y of one unit of one set from the shares of its blocks, BLOCK_C of them at a time."""
+    """y of one unit of one set from the shares of its blocks, BLOCK_C of them at a time.
+
+    With ONE_TILE (M <= BLOCK_M) they are read once, else twice: for ||u||, and to write y.
+    """
     b = tl.program_id(0) // N
     n = (tl.program_id(0) % N).to(tl.int64)
     first = first_block(offsets_ptr, b, length, blocks, LAYOUT, BLOCK_L)
@@ -182,44 +203,43 @@ def forward_combine(
         c = c0 + tl.arange(0, BLOCK_C)
         at = (first + c) * N + n
         peaks = tl.load(partial_stats_ptr + at, c < parts, other=float("-inf"))  # [BC]
-        sums = tl.load(partial_stats_ptr + all_blocks * N + at, c < parts, other=0)
+        sums = tl.load(partial_stats_ptr + wide(all_blocks) * N + at, c < parts, other=0)
         higher = tl.maximum(greatest, tl.max(peaks, axis=0))
         level = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(greatest - level) + tl.sum(sums * tl.exp(peaks - level), axis=0)
         greatest = higher
     level = tl.where(greatest == float("-inf"), 0.0, greatest)
     inverse = divide(tl.full([], 1.0, ACC), tl.where(total > 0, total, 1.0), ACC)
-    pivot = tl.load(partial_stats_ptr + (first + 2 * all_blocks) * N + n)
-    rest = tl.where(total > 0, pivot, 0.0)
+    pivot = tl.load(partial_stats_ptr + (first + 2 * wide(all_blocks)) * N + n)
     alpha = tl.full([], 1.0, ACC)
-    tau = rest
+    tau = tl.where(total > 0, pivot, 0.0)
     if SHIFT:
         alpha = tl.load(alpha_ptr + n).to(ACC)
-        tau = alpha * rest + tl.load(beta_ptr + n).to(ACC)
+        tau = alpha * tau + tl.load(beta_ptr + n).to(ACC)
 
-    # u = alpha z + beta (Eq. 7) twice: for its norm, and to write y
     squares = tl.zeros([], ACC)
     norm = tl.zeros([], ACC)
     factor = tl.full([], 1.0, ACC)
-    for sweep in tl.static_range(0 if SHIFT else 1, 2):
-        if SHIFT and sweep == 1:
-            norm = root(squares, ACC)
-            factor = scale_of(norm, N, EPS, SHIFT, ACC)
+    u = tl.zeros([BLOCK_M], ACC)
+    if SHIFT or ONE_TILE:
         for m0 in range(0, M, BLOCK_M):
-            cols, there = columns(m0, M, BLOCK_M)
-            core = tl.zeros([BLOCK_M], ACC)
-            for c0 in range(0, parts, BLOCK_C):
-                c = c0 + tl.arange(0, BLOCK_C)
-                at = (first + c) * N + n
-                peaks = tl.load(partial_stats_ptr + at, c < parts, other=float("-inf"))
-                shares = load_tile(partial_ptr + n * M, (first + c) * N, cols, M, 1, c < parts, there)
-                core += tl.sum(shares * (tl.exp(peaks - level) * inverse)[:, None], axis=0)
-            u = tl.where(there, alpha * core + tau, 0.0)
-            if sweep == 0:
-                squares += tl.sum(u * u, axis=0)
-            else:
-                out = y_ptr + (wide(b) * N + n) * M + cols
-                tl.store(out, (u * factor).to(y_ptr.dtype.element_ty), there)
+            u = _combined(
+                partial_ptr, partial_stats_ptr, first, parts, n, M, N, m0, level, inverse, alpha, tau,
+                ACC, BLOCK_C, BLOCK_M,
+            )  # fmt: skip
+            squares += tl.sum(u * u, axis=0)
+        if SHIFT:
+            norm = root(squares, ACC)
+            factor = scale_of(norm, N, EPS, SHIFT, ACC)  # Eq. 7: y = u / (sqrt(N) max(||u||, eps))
+    for m0 in range(0, M, BLOCK_M):
+        if not ONE_TILE:
+            u = _combined(
+                partial_ptr, partial_stats_ptr, first, parts, n, M, N, m0, level, inverse, alpha, tau,
+                ACC, BLOCK_C, BLOCK_M,
+            )  # fmt: skip
+        cols, there = columns(m0, M, BLOCK_M)
+        out = y_ptr + (wide(b) * N + n) * M + cols
+        tl.store(out, (u * factor).to(y_ptr.dtype.element_ty), there)
     if STATS:
         at = wide(b) * N + n
         tl.store(stats_ptr + at, greatest)

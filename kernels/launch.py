@@ -20,7 +20,7 @@ from . import plan
 from .backward import backward_blocks, backward_sums
 from .common import AVERAGE, LENGTHS, LINEAR, MASK, PACKED, PADDED, SCORES
 from .forward import forward_blocks, forward_combine
-from .plan import Config, Problem
+from .plan import Config
 from .reduce import backward_reduce
 
 _LAYOUTS = {"padded": PADDED.value, "lengths": LENGTHS.value, "mask": MASK.value, "packed": PACKED.value}
@@ -64,9 +64,7 @@ class Call:
         )
         self.mask_bytes = None if mask is None else mask.view(torch.uint8)
         self.layout = _LAYOUTS[p.layout]
-        # Full float32 unless torch was told otherwise; other dtypes have one precision only.
-        relaxed = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        self.precision = "tf32" if relaxed else "ieee"
+        self.precision = "tf32" if self.problem.relaxed else "ieee"
         # Products among computed values: nearly full float32, by matrix instructions where x is a half type.
         half = x.dtype in (torch.float16, torch.bfloat16)
         self.small_precision = "tf32x3" if half and torch.version.hip is None else self.precision
@@ -135,6 +133,7 @@ def _check(
             )
         if position_bias is not None:
             good = good and weight is not None and position_bias.dim() == 2 and position_bias.size(0) == units
+            good = good and position_bias.dtype in (x.dtype, torch.float32)
             good = good and (packed or position_bias.size(1) >= x.size(1))
         if lengths is not None:
             good = good and tuple(lengths.shape) == (batch,) and lengths.dtype == torch.int64
@@ -165,7 +164,8 @@ def _launch(kernel: Any, name: str, grid: int, config: Config, call: Call, argum
     taken = set(kernel.arg_names)
     arguments |= {k: getattr(config, v) for k, v in blocks.items() if k in taken}
     if plan.autotunes() and call.x.is_cuda:
-        tuned = _tuned(kernel, name, config, call.problem)
+        p = call.problem
+        tuned = _tuned(kernel, name, config, p.itemsize, p.weighting, p.layout)
         del arguments["BLOCK_M"]
         tuned[(grid,)](**arguments)
     else:
@@ -173,14 +173,20 @@ def _launch(kernel: Any, name: str, grid: int, config: Config, call: Call, argum
 
 
 @functools.cache
-def _tuned(kernel: Any, name: str, config: Config, problem: Problem) -> Callable[..., Any]:
-    """The kernel behind `triton.autotune` over the neighbours of a configuration, once per problem."""
+def _tuned(
+    kernel: Any, name: str, config: Config, itemsize: int, weighting: str, layout: str
+) -> Callable[..., Any]:
+    """The kernel behind `triton.autotune` over the neighbours of a configuration.
+
+    One tuner for every class of calls; it times again for other features, units and constants.
+    """
+    keys = [name for name in kernel.arg_names if name.isupper() and name != "BLOCK_M"]  # M, N, constants
     found: Callable[..., Any] = triton.autotune(
         configs=[
             triton.Config({"BLOCK_M": c.block_m}, num_warps=c.warps, num_stages=c.stages)
-            for c in plan.neighbours(config, problem.itemsize)
+            for c in plan.neighbours(config, itemsize, name)
         ],
-        key=[],
+        key=keys,
         restore_value=["mix_ptr"] if name == "backward" else [],
     )(kernel)
     return found
@@ -213,10 +219,11 @@ def _forward(call: Call, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
                 "partial_stats_ptr": partial_stats, "y_ptr": y, "stats_ptr": stats, **call.sizes,
                 "blocks": planned.blocks, "all_blocks": planned.all_blocks, "EPS": call.eps,
                 "SHIFT": call.alpha is not None, "LAYOUT": call.layout, "STATS": training,
-                "ACC": _DTYPES[call.acc], "BLOCK_L": planned.config.block_l, "BLOCK_C": 8,
-                "BLOCK_M": min(plan.power_of_two(p.features), 4096 // call.acc.itemsize // 2),
+                "ACC": _DTYPES[call.acc], "BLOCK_L": planned.config.block_l,
+                "ONE_TILE": p.features <= planned.combine_m, "BLOCK_C": planned.combine_c,
+                "BLOCK_M": planned.combine_m,
             }  # fmt: skip
-            start(forward_combine, p.batch * p.units, combined, warps=4, stages=2)
+            start(forward_combine, p.batch * p.units, combined, warps=8, stages=2)
     return y, stats, saved
 
 
@@ -316,7 +323,7 @@ def backward(
 
     mix = call.empty(2, p.rows, p.units)
     pivots = call.empty(2, p.rows)
-    means = call.empty(3, p.batch, p.units)
+    means = call.empty(4, p.batch, p.units)
     sums = call.empty(planned.all_blocks, p.units) if planned.split else None
     dshift = call.empty(2, p.batch, p.units)
     parts = planned.splits > 1 and need_weight
@@ -334,19 +341,18 @@ def backward(
             "dscores_b": dscores_strides[0], "dscores_n": dscores_strides[1],
             "SAVED": kept, "GRAM": planned.gram, "NEED_X": need_x, "NEED_SCORES": need_scores,
             "SMALL_PRECISION": call.small_precision,
+            "ONE_UNIT_BLOCK": p.units <= planned.config.block_n,
         }  # fmt: skip
         for first, second in ((True, False), (False, True)) if planned.split else ((True, True),):
             launched = arguments | {"FIRST": first, "SECOND": second}
             _launch(backward_blocks, "backward", planned.grid, planned.config, call, launched)
             if first and not second:
                 summed = {
-                    "x_ptr": x, "alpha_ptr": call.alpha, "beta_ptr": call.beta, "mask_ptr": call.mask_bytes,
-                    **call.ragged, "stats_ptr": arguments["stats_ptr"],
-                    "sums_ptr": sums, "means_ptr": means, "dshift_ptr": dshift, **call.sizes,
-                    "blocks": planned.blocks, **call.x_strides, **call.masks,
-                    "EPS": eps, "SHIFT": alpha is not None, "LAYOUT": call.layout, "ACC": _DTYPES[call.acc],
-                    "BLOCK_L": planned.config.block_l, "BLOCK_N": 32, "BLOCK_M": planned.config.block_m,
-                    "BLOCK_C": 64,
+                    "alpha_ptr": call.alpha, "beta_ptr": call.beta, **call.ragged,
+                    "stats_ptr": arguments["stats_ptr"], "sums_ptr": sums, "means_ptr": means,
+                    "dshift_ptr": dshift, **call.sizes, "blocks": planned.blocks, "EPS": eps,
+                    "SHIFT": alpha is not None, "LAYOUT": call.layout, "ACC": _DTYPES[call.acc],
+                    "BLOCK_L": planned.config.block_l, "BLOCK_N": 32, "BLOCK_C": 64,
                 }  # fmt: skip
                 start(backward_sums, p.batch * triton.cdiv(p.units, 32), summed, warps=4, stages=2)
         _reduce(call, planned, mix, pivots, dshift, partial, counters, dweight, dbias, dalpha, dbeta,
@@ -373,8 +379,8 @@ def _reduce(
     """Launch the sums over all sets."""
     p, block = call.problem, planned.reduce
     if need_shift:  # both come from one sum
-        dalpha = dalpha if dalpha.numel() else dalpha.new_empty(p.units)
-        dbeta = dbeta if dbeta.numel() else dbeta.new_empty(p.units)
+        dalpha = dalpha if dalpha.numel() else call.empty(p.units)
+        dbeta = dbeta if dbeta.numel() else call.empty(p.units)
     weight_programs = planned.tiles * planned.splits if need_weight else 0
     shift_programs = triton.cdiv(p.units, 16) if need_shift else 0
     bias_programs = 0

@@ -1,7 +1,8 @@
 """Launch planning: which kernels run, on what grid, with which tiles. Plain Python: no Triton, no device.
 
-A plan depends on shapes and dtypes, and the choice of tiles on the GPU's name where `winners.json` has a
-measured entry for it; never on the number of multiprocessors or on data. Equal calls thus give equal bits.
+A plan depends on shapes, dtypes and the bound of the lengths, and the choice of tiles on the GPU's name where
+`winners.json` has a measured entry for it; never on the number of multiprocessors. Equal calls give equal
+bits.
 
 The model behind the tiles, where nothing was measured:
 
@@ -9,8 +10,8 @@ The model behind the tiles, where nothing was measured:
   time. A set of at most `LONGEST` positions is one block; the smallest power of two that holds it, at least
   16 (what matrix instructions take), wastes least.
 - Shared memory holds the tiles in flight: stages * BLOCK_M * (rows of the tiles) * element size. It is kept
-  below `SHARED` so that two programs fit a multiprocessor that has 100 KB, which hides the latency of one
-  behind the work of the other, and four one that has 227 KB.
+  below `SHARED` where 32 features allow, so that two programs fit a multiprocessor that has 100 KB, which
+  hides the latency of one behind the work of the other, and four one that has 227 KB.
 - Bytes in flight: a multiprocessor of an H200 takes 33 GB/s of 4.3 TB/s, and a load takes somewhat less than
   a microsecond, so some 30 KB must be under way: two programs with two stages of 8 KB each, or more.
 - Fewer than `PROGRAMS` programs leave multiprocessors idle: units are then cut finer, down to 16.
@@ -30,14 +31,16 @@ import torch
 from torch import Tensor
 
 WINNERS = Path(__file__).resolve().parent / "winners.json"
-LONGEST = {2: 128, 4: 64, 8: 32}  # positions of a forward block, by element size
+LONGEST = {2: 256, 4: 64, 8: 32}  # positions of a forward block, by element size
 LONGEST_BACKWARD = {2: 64, 4: 32, 8: 16}
 LONGEST_GRAM = 32  # G = d dᵀ and what becomes of it stay in registers
 # By element size. In float32 its error on frames that nearly cancel (||d|| = 100 ||u||) is 6 times that of
 # plain torch; a half type's own rounding is far above it.
 GRAM = (2,)
 UNITS = {2: 64, 4: 32, 8: 16}  # units of a tile, by element size
+UNITS_BACKWARD = {2: 64, 4: 64, 8: 16}
 SHARED = 48 << 10  # bytes of a program's tiles in flight
+COMBINED = 16 << 10  # bytes of a tile of `forward_combine`, which stays in registers
 PROGRAMS = 128  # what keeps a large GPU busy
 ROWS = {2: 64, 4: 32, 8: 16}  # rows of x that a step of the weight gradient takes
 SMALLEST = 16  # what matrix instructions take, in every direction
@@ -74,6 +77,7 @@ class Problem:
     layout: str  # one of LAYOUTS
     shift: bool = True
     kept: bool = False  # whether the forward keeps the scores
+    relaxed: bool = False  # whether float32 products may be TF32
     gpu: str = ""  # the device's name
 
     @property
@@ -91,6 +95,8 @@ class ForwardPlan:
     blocks: int  # blocks of every padded set
     all_blocks: int  # blocks of all sets
     unit_blocks: int
+    combine_m: int  # features of a tile of `forward_combine`
+    combine_c: int  # blocks of a tile of `forward_combine`
 
     @property
     def grid(self) -> int:
@@ -129,15 +135,16 @@ def _tile(value: int, largest: int) -> int:
     return min(max(power_of_two(value), SMALLEST), largest)
 
 
-def _block_m(tile_rows: int, itemsize: int, features: int, stages: int) -> int:
+def _block_m(tile_rows: int, itemsize: int, features: int, stages: int, unrolled: int = 32) -> int:
     """Features of a tile: as many as `SHARED` allows with `stages` tiles in flight, 32 … 128.
 
-    Full float32 has no matrix instruction: its products are unrolled over registers, which hold 32 features.
+    Full float32 has no matrix instruction, nor float64 on some GPUs: such products are unrolled over
+    registers, which hold `unrolled` features.
     """
+    if itemsize > 2:
+        return min(unrolled, _tile(features, 128))
     room = SHARED // (stages * tile_rows * itemsize)
-    return min(
-        max(1 << max(room.bit_length() - 1, 0), 32), 32 if itemsize == 4 else 128, _tile(features, 128)
-    )
+    return min(max(1 << max(room.bit_length() - 1, 0), 32), _tile(features, 128))
 
 
 def _blocks(p: Problem, block_l: int) -> tuple[bool, int, int]:
@@ -175,9 +182,13 @@ def _best(kernel: str, p: Problem, config: Config) -> Config:
     return dataclasses.replace(config, block_m=block_m, warps=found["warps"], stages=found["stages"])
 
 
-def neighbours(config: Config, itemsize: int) -> list[Config]:
-    """What FASTAC_AUTOTUNE=1 tries: the configuration itself first, then one step in each direction."""
+def neighbours(config: Config, itemsize: int, kernel: str = "forward") -> list[Config]:
+    """What FASTAC_AUTOTUNE=1 tries: the configuration itself first, then one step in each direction.
+
+    The tile in L and N stays, since the grid follows from it; in "reduce" that of M too.
+    """
     found = [config]
+    tile_rows = config.block_l + config.block_n * (2 if kernel == "backward" else 1)
     for change in (
         {"block_m": config.block_m * 2},
         {"block_m": config.block_m // 2},
@@ -187,9 +198,9 @@ def neighbours(config: Config, itemsize: int) -> list[Config]:
         {"stages": config.stages - 1},
     ):
         other = dataclasses.replace(config, **change)
-        bytes_in_flight = other.stages * other.block_m * (other.block_l + other.block_n) * itemsize
-        sensible = 32 <= other.block_m <= 256 and other.warps in (2, 4, 8) and other.stages >= 1
-        if sensible and bytes_in_flight <= 2 * SHARED:
+        sensible = min(32, config.block_m) <= other.block_m <= 256 and other.warps in (2, 4, 8)
+        fits = other.stages * other.block_m * tile_rows * itemsize <= 2 * SHARED
+        if sensible and fits and other.stages >= 1 and (kernel != "reduce" or "block_m" not in change):
             found.append(other)
     return found
 
@@ -205,24 +216,29 @@ def forward_plan(p: Problem) -> ForwardPlan:
     block_m = _block_m(block_l + block_n, p.itemsize, p.features, stages)
     warps = 8 if block_l * block_n > 4096 or p.itemsize > 2 else 4
     config = _best("forward", p, Config(block_l, block_n, block_m, warps, stages))
-    return ForwardPlan(config, split, blocks, all_blocks, math.ceil(p.units / config.block_n))
+    accumulated = 8 if p.itemsize == 8 else 4
+    combine_m = _tile(p.features, 8192 // accumulated)  # one tile holds all features of most sets
+    combine_c = min(COMBINED // accumulated // combine_m, 64)
+    unit_blocks = math.ceil(p.units / config.block_n)
+    return ForwardPlan(config, split, blocks, all_blocks, unit_blocks, combine_m, combine_c)
 
 
 def backward_plan(p: Problem) -> BackwardPlan:
     """How a backward pass is launched."""
     block_l = _tile(p.longest, LONGEST_BACKWARD[p.itemsize])
     split, blocks, all_blocks = _blocks(p, block_l)
-    block_n = _tile(p.units, UNITS[p.itemsize])
+    block_n = _tile(p.units, UNITS_BACKWARD[p.itemsize])
     # The Gram form saves reading y, N M elements, and costs 2 L² M operations for every block of units.
-    gram = p.itemsize in GRAM and p.shift and not split
+    gram = p.itemsize in GRAM and p.shift and not split and p.weighting != "average"
     gram = gram and block_l <= LONGEST_GRAM and p.longest <= 2 * p.units
     tile_rows = block_l + 2 * block_n
-    stages = 2
-    block_m = _block_m(tile_rows, p.itemsize, p.features, stages)
-    warps = 8 if gram or block_l * block_n >= 4096 or p.itemsize > 2 else 4
+    stages = 1 if p.itemsize == 8 or p.relaxed else 2
+    block_m = _block_m(tile_rows, p.itemsize, p.features, stages, 32 if p.relaxed else 16)
+    warps = 8 if gram or block_l * block_n >= 2048 or p.itemsize == 4 else 4
     config = _best("backward", p, Config(block_l, block_n, block_m, warps, stages))
 
     step = ROWS[p.itemsize]
+    block_n = _tile(p.units, UNITS[p.itemsize])
     block_m = _block_m(step + block_n, p.itemsize, p.features, stages)
     reduce = _best("reduce", p, Config(step, block_n, block_m, 4 if p.itemsize == 2 else 8, stages))
     tiles = math.ceil(p.units / reduce.block_n) * math.ceil(p.features / reduce.block_m)
@@ -253,8 +269,16 @@ def upper_bound(x: Tensor, offsets: Tensor | None, max_length: int | None) -> in
 
 
 @functools.cache
-def _device_name(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+def _device_name(device: torch.device) -> str:
+    """The GPU's name; empty for other devices, and for fake tensors where there is no GPU."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if there else ""
+
+
+def _relaxed(dtype: torch.dtype) -> bool:
+    """Whether torch's setting lets float32 products be TF32; other dtypes have one precision only."""
+    nvidia = torch.version.hip is None
+    return nvidia and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def problem(
@@ -288,7 +312,10 @@ def problem(
         layout=given[0] if given else "padded",
         shift=alpha is not None,
         kept=kept,
-        gpu=_device_name(x.device.index or 0) if x.device.type == "cuda" else "",
+        relaxed=_relaxed(dtype or x.dtype),
+        gpu=_device_name(x.device.index or 0)
+        if x.device.type == "cuda" and torch.cuda.is_available()
+        else "",
     )
 
 
@@ -300,7 +327,9 @@ def autotunes() -> bool:
 def describe(p: Problem) -> dict[str, object]:
     """The plan of both passes, for people: `fastac.explain` prints it."""
     forward, backward = forward_plan(p), backward_plan(p)
-    source = "measured on this GPU" if p.gpu in winners() else "chosen by the model of kernels/plan.py"
+    source = "the model of kernels/plan.py"
+    if p.gpu in winners():
+        source = f"measured on {p.gpu} where kernels/winners.json has them, else {source}"
     launches = ["forward_blocks", "forward_combine"] if forward.split else ["forward_blocks"]
     behind = (
         ["backward_blocks", "backward_sums", "backward_blocks"] if backward.split else ["backward_blocks"]

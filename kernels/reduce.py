@@ -31,7 +31,7 @@ def _weight_part(
 ):  # fmt: skip
     """dSᵀ x over the rows first … last - 1. [BN, BM]"""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    HALF: tl.constexpr = tl.float16 == DTYPE or tl.bfloat16 == DTYPE
+    HALF: tl.constexpr = DTYPE == tl.float16 or DTYPE == tl.bfloat16
     dw = tl.zeros([BLOCK_N, BLOCK_M], ACC)
     rest = tl.zeros([BLOCK_N], ACC)
     for r0 in range(first, last, BLOCK_R):
@@ -52,7 +52,7 @@ def _weight_part(
             x_at = b * x_b + l * x_l
         x = load_tile(x_ptr, x_at, cols, 1, x_m, valid, there)  # [BR, BM]
         rho = tl.load(pivots_ptr + r, valid, other=0)
-        ds = load_tile(mix_ptr + rows * N, n, r * N, 1, 1, units, valid)  # [BN, BR]
+        ds = load_tile(mix_ptr + wide(rows) * N, n, r * N, 1, 1, units, valid)  # [BN, BR]
         ds_h, scale = narrow(ds, DTYPE)
         if not HALF:
             x = tl.where(valid[:, None] & there[None, :], x - rho[:, None], 0.0)
@@ -65,7 +65,18 @@ def _weight_part(
     return dw + rest[:, None]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "length",
+        "rows",
+        "bias_length",
+        "splits",
+        "rows_per_split",
+        "weight_programs",
+        "shift_programs",
+    ]
+)
 def backward_reduce(
     x_ptr, lengths_ptr, mask_ptr, offsets_ptr, mix_ptr, pivots_ptr, dshift_ptr,
     partial_ptr,  # scratch (splits, N, M), only if splits > 1
@@ -80,6 +91,7 @@ def backward_reduce(
     """The first `weight_programs` make dW, the next `shift_programs` dalpha and dbeta, the rest the bias."""
     pid = tl.program_id(0)
     unit_blocks = tl.cdiv(N, BLOCK_N)
+    # Names are not shared by the branches: a name has one shape in all of them.
     if pid < weight_programs:
         if NEED_WEIGHT:
             split = pid % splits
@@ -96,7 +108,7 @@ def backward_reduce(
             )  # fmt: skip
             here = units[:, None] & there[None, :]
             at = n[:, None] * M + cols[None, :]
-            if splits == 1:
+            if partial_ptr is None:
                 tl.store(dweight_ptr + at, dw.to(dweight_ptr.dtype.element_ty), here)
             else:
                 size = wide(N) * M
@@ -111,27 +123,32 @@ def backward_reduce(
                     tl.store(counters_ptr + tile, 0)
     elif pid < weight_programs + shift_programs:
         if NEED_SHIFT:
-            n = ((pid - weight_programs) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-            units = n < N
+            shift_n = ((pid - weight_programs) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+            shift_units = shift_n < N
+            all_sets = wide(batch) * N
             dalpha = tl.zeros([BLOCK_P], ACC)
             dbeta = tl.zeros([BLOCK_P], ACC)
             for b0 in range(0, batch, BLOCK_R):
-                b = (b0 + tl.arange(0, BLOCK_R)).to(tl.int64)
-                all_sets = wide(batch) * N
-                dalpha += tl.sum(load_tile(dshift_ptr, b, n, N, 1, b < batch, units), axis=0)
-                dbeta += tl.sum(load_tile(dshift_ptr + all_sets, b, n, N, 1, b < batch, units), axis=0)
-            tl.store(dalpha_ptr + n, dalpha.to(dalpha_ptr.dtype.element_ty), units)
-            tl.store(dbeta_ptr + n, dbeta.to(dbeta_ptr.dtype.element_ty), units)
+                sets = (b0 + tl.arange(0, BLOCK_R)).to(tl.int64)
+                some = sets < batch
+                dalpha += tl.sum(load_tile(dshift_ptr, sets, shift_n, N, 1, some, shift_units), axis=0)
+                dbeta += tl.sum(
+                    load_tile(dshift_ptr + all_sets, sets, shift_n, N, 1, some, shift_units), axis=0
+                )
+            tl.store(dalpha_ptr + shift_n, dalpha.to(dalpha_ptr.dtype.element_ty), shift_units)
+            tl.store(dbeta_ptr + shift_n, dbeta.to(dbeta_ptr.dtype.element_ty), shift_units)
     elif NEED_BIAS:
         part = pid - weight_programs - shift_programs
-        n = ((part % unit_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        units = n < N
+        bias_n = ((part % unit_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+        bias_units = bias_n < N
         l = ((part // unit_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
         dbias = tl.zeros([BLOCK_N, BLOCK_R], ACC)
         for b in range(batch):
             row, positions = set_rows(b, offsets_ptr, batch, length, LAYOUT)
             count = valid_count(b, positions, lengths_ptr, batch, LAYOUT)
             valid = is_valid(b, l, count, mask_ptr, mask_b, mask_l, LAYOUT)
-            dbias += load_tile(mix_ptr + rows * N, n, (row + l) * N, 1, 1, units, valid)
-        at = dbias_ptr + n[:, None] * bias_length + l[None, :]
-        tl.store(at, dbias.to(dbias_ptr.dtype.element_ty), units[:, None] & (l < bias_length)[None, :])
+            dbias += load_tile(mix_ptr + wide(rows) * N, bias_n, (row + l) * N, 1, 1, bias_units, valid)
+        bias_at = dbias_ptr + bias_n[:, None] * bias_length + l[None, :]
+        tl.store(
+            bias_at, dbias.to(dbias_ptr.dtype.element_ty), bias_units[:, None] & (l < bias_length)[None, :]
+        )

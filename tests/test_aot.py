@@ -51,9 +51,14 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def make_job(
-    kernel: str = "forward_blocks", pointer: str = "*bf16", precision: str = "ieee", origin: str = "class"
+    kernel: str = "forward_blocks",
+    pointer: str = "*bf16",
+    precision: str = "ieee",
+    origin: str = "class",
+    **flags: bool,
 ) -> Job:
-    constants = (("WEIGHTING", 2), ("LAYOUT", 0), ("PRECISION", precision), ("BLOCK_L", 32), ("BLOCK_N", 64))
+    shown = {"WEIGHTING": 2, "LAYOUT": 0, "PRECISION": precision, "BLOCK_L": 32, "BLOCK_N": 64}
+    constants = (*shown.items(), *flags.items())
     signature = (("x_ptr", pointer), ("M", "i32"), *((name, "constexpr") for name, _ in constants))
     return Job(kernel, signature, constants, (("M", "D"),), 4, 3, origin)
 
@@ -92,24 +97,29 @@ def test_calls_cover_the_flags_and_the_size_classes() -> None:
 
 @compiles
 def test_selection(listed: list[dict[str, Any]]) -> None:
-    """At most 40 per target, the same everywhere; each kernel with each dtype and each form is among them."""
+    """At most 40 per target, the same for one maker's GPUs; each kernel with each dtype and each form is among them."""
     of = {name: [r for r in listed if r["target"] == name] for name in TARGETS}
-    for rows in of.values():
+    for name, rows in of.items():
         assert 0 < len(rows) <= 40
-        assert {(r["kernel"], r["dtype"]) for r in rows} == {(k, d) for k in KERNELS for d in DTYPES}
+        # backward_sums sees numbers of the accumulation type only.
+        halves = {("backward_sums", d) for d in DTYPES if d.endswith("float16")}
+        assert {(r["kernel"], r["dtype"]) for r in rows} == {(k, d) for k in KERNELS for d in DTYPES} - halves
         for kernel in ("forward_blocks", "backward_blocks"):
             forms = {(f, r["dtype"]) for r in rows if r["kernel"] == kernel for f in r["flags"]}
             assert {(f, d) for f in plan.WEIGHTINGS for d in DTYPES} <= forms
-        assert {flag for r in rows for flag in r["flags"]} >= {
-            *plan.LAYOUTS,
-            "shift",
-            "gram",
-            "split",
-            "bias",
+        kinds = {(r["kernel"], flag) for r in rows for flag in r["flags"]}
+        assert kinds >= {
+            (k, layout) for k in ("forward_blocks", "backward_blocks") for layout in plan.LAYOUTS
         }
+        assert kinds >= {("forward_blocks", f) for f in ("split", "bias", "stats", "save_scores")}
+        assert kinds >= {("backward_blocks", f) for f in ("gram", "bias", "saved", "need_x", "need_scores")}
+        assert kinds >= {("backward_reduce", f) for f in ("need_weight", "need_bias", "need_shift")}
+        for kernel in KERNELS - {"backward_reduce"}:
+            assert any("shift" not in r["flags"] for r in rows if r["kernel"] == kernel)
         assert all(r["default"] for r in rows)
         strip = [{k: v for k, v in r.items() if k not in ("target", "failures")} for r in rows]
-        assert strip == [{k: v for k, v in r.items() if k not in ("target", "failures")} for r in of["sm_80"]]
+        same = of["sm_80" if name.startswith("sm_") else "gfx942"]  # AMD has no TF32
+        assert strip == [{k: v for k, v in r.items() if k not in ("target", "failures")} for r in same]
     first = of["sm_90"][0]
     assert (first["kernel"], first["dtype"]) == ("forward_blocks", "bfloat16")
 
@@ -285,7 +295,9 @@ def test_count_sass() -> None:
         ({"target": "sm_120", "shared": (99 << 10) + 1}, "the chip has 101376"),
         ({"target": "sm_100", "tensor_memory": 513}, "513 columns of tensor memory, the chip has 512"),
         ({"matrix": {}}, "no matrix instruction (HMMA, DMMA, HGMMA)"),
-        ({"matrix": {}, "job": make_job("backward_blocks", "*fp16")}, "no matrix instruction"),
+        ({"matrix": {}, "job": make_job("backward_blocks", "*fp16", FIRST=True)}, "no matrix instruction"),
+        ({"matrix": {}, "job": make_job("backward_blocks", NEED_X=True)}, "no matrix instruction"),
+        ({"matrix": {}, "job": make_job("backward_reduce", NEED_WEIGHT=True)}, "no matrix instruction"),
         ({"matrix": {}, "job": make_job(pointer="*fp32", precision="tf32")}, "no matrix instruction"),
         ({"matrix": {}, "job": make_job(origin="neighbour")}, "no matrix instruction"),
         ({"shared": 1 << 20, "job": make_job(origin="neighbour")}, "bytes of shared memory"),
@@ -315,6 +327,7 @@ def test_failures(changes: dict[str, Any], why: str) -> None:
         {"matrix": {}, "job": make_job("forward_combine")},
         {"matrix": {}, "job": make_job("backward_sums")},
         {"matrix": {}, "job": make_job("backward_reduce")},  # without the weight's gradient
+        {"matrix": {}, "job": make_job("backward_blocks", FIRST=False, NEED_X=False)},
         {"target": "gfx942", "spills": 2, "matrix": {}},
     ],
 )

@@ -97,7 +97,7 @@ def test_at_most_two_compilations_for_all_lengths(
     for L in (25, 2, 7, 64, 3, 131, 300):
         case = make_case(L=L, weighting=weighting)
         if case.position_bias is not None:
-            case = case.replace(position_bias=torch.randn(11, 303))
+            case = case.replace(position_bias=torch.randn(case.cluster_size, 303))
         dy = case.dy() if training else None
         assert_near(run(fast, case, dy), run(each_backend, case, dy), torch.float32)
     assert 1 <= counter.frame_count <= 2
@@ -116,9 +116,9 @@ def test_at_most_two_compilations_for_all_packed_sizes(each_backend: Backend) ->
 
 def test_dynamic_from_the_start(each_backend: Backend) -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    fast = compiled(each_backend, make_case(), backend=counter, dynamic=True)
+    fast = compiled(each_backend, make_case(N=11), backend=counter, dynamic=True)
     for B, L in ((5, 25), (3, 7), (4, 131)):
-        case = make_case(B=B, L=L)
+        case = make_case(B=B, L=L, N=11)
         dy = case.dy()
         assert_near(run(fast, case, dy), run(each_backend, case, dy), torch.float32)
     assert 1 <= counter.frame_count <= 2

@@ -5,7 +5,6 @@ Everything the backend has in common with others is tested with them. Runs in Tr
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +50,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     def note(kernel: Any, grid: int, arguments: dict[str, Any], warps: int, stages: int) -> None:
         seen.append((kernel.__name__, grid, dict(arguments)))
-        if not arguments.get("x_ptr", arguments.get("y_ptr")).is_meta:
+        if not arguments.get("stats_ptr", arguments.get("mix_ptr")).is_meta:
             start(kernel, grid, arguments, warps, stages)
 
     monkeypatch.setattr(launch, "start", note)
@@ -82,7 +81,7 @@ def test_launches_of_sets_that_fit(triton: Backend, launches: Launches, weightin
 
 
 def test_launches_of_long_sets(triton: Backend, launches: Launches) -> None:
-    case = make_case(B=1, L=200, M=19, N=3, dtype=torch.bfloat16)
+    case = make_case(B=1, L=300, M=19, N=3, dtype=torch.bfloat16)
     run(triton, case, case.dy())
     names = [name for name, *_ in launches]
     assert names[:2] == ["forward_blocks", "forward_combine"]
@@ -120,7 +119,7 @@ def test_no_value_is_read_from_the_device(launches: Launches, layout: str) -> No
 
 
 @pytest.mark.parametrize("layout", ["padded", "lengths", "mask", "packed"])
-@pytest.mark.parametrize("weighting", ["fc1", "average", "scores"])
+@pytest.mark.parametrize("weighting", ["fc1", "scores"])
 def test_gradcheck_of_the_gram_form(
     triton: Backend, launches: Launches, monkeypatch: pytest.MonkeyPatch, weighting: str, layout: str
 ) -> None:
@@ -137,16 +136,15 @@ def test_gradcheck_of_the_gram_form(
 
 
 @pytest.mark.parametrize("dtype", HALF, **IDS)
-def test_both_forms_agree(triton: Backend, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    for features in ("plain", "log_softmax", "offset", "centred"):
-        case = make_case(B=3, L=25, M=67, N=17, dtype=dtype, features=features)
-        dy = case.dy()
-        with monkeypatch.context() as patch:
-            patch.setattr(plan, "GRAM", ())
-            direct = check_case(triton, case)
-            direct = run(triton, case, dy)
-        check_case(triton, case)
-        assert_near(run(triton, case, dy), direct, dtype, eps=4, terms=term_sizes(case, dy))
+@pytest.mark.parametrize("features", ["plain", "relu", "log_softmax", "offset", "centred", "cancel"])
+def test_both_forms_are_accurate(
+    triton: Backend, monkeypatch: pytest.MonkeyPatch, features: str, dtype: torch.dtype
+) -> None:
+    case = make_case(B=3, L=25, M=67, N=17, dtype=dtype, features=features)
+    assert plan.GRAM == (2,)
+    check_case(triton, case)
+    monkeypatch.setattr(plan, "GRAM", ())
+    check_case(triton, case)
 
 
 def test_the_gram_form_does_not_read_y(triton: Backend) -> None:
@@ -220,7 +218,7 @@ def test_packed_sets_of_every_length(triton: Backend) -> None:
 def test_the_order_of_programs_does_not_matter(
     triton: Backend, monkeypatch: pytest.MonkeyPatch, B: int, L: int, seed: int
 ) -> None:
-    """Bitwise, with the programs of every launch shuffled: the last part of a sum may come from any of them."""
+    """Bitwise, with the programs of every launch shuffled: any of them may bring the last part of a sum."""
     from triton.runtime import interpreter
 
     case = make_case(B=B, L=L, M=70, N=9, dtype=torch.float32)
@@ -263,7 +261,7 @@ def test_counters_are_left_at_zero(triton: Backend, launches: Launches) -> None:
 @pytest.mark.unguarded
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_offsets_of_64_bits(triton: Backend, layout: str) -> None:
-    """x, dY and scores whose strides reach past 2³¹ elements, in memory that is reserved but hardly touched."""
+    """x and dY whose strides reach past 2³¹ elements, in memory that is reserved but hardly touched."""
     far = 2**31 + 64
     case = make_case(B=2, L=3, M=5, N=2, dtype=torch.float16, weighting="fc1")
     if layout == "packed":
@@ -309,10 +307,10 @@ def test_autotune_tries_the_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.autotunes()
     p = plan.Problem(256, 25, 25, 1536, 64, 2, "linear", "padded")
     config = plan.forward_plan(p).config
-    tuner: Any = launch._tuned(launch.forward_blocks, "forward", config, p)
+    tuner: Any = launch._tuned(launch.forward_blocks, "forward", config, 2, "linear", "padded")
     tried = [(c.kwargs["BLOCK_M"], c.num_warps, c.num_stages) for c in tuner.configs]
     assert tried == [(c.block_m, c.warps, c.stages) for c in plan.neighbours(config, 2)]
-    assert launch._tuned(launch.forward_blocks, "forward", config, p) is tuner
-    assert (
-        launch._tuned(launch.forward_blocks, "forward", config, dataclasses.replace(p, units=32)) is not tuner
-    )
+    assert {"M", "N", "SPLIT", "SHIFT", "BLOCK_L"} <= set(tuner.keys) and "BLOCK_M" not in tuner.keys
+    assert launch._tuned(launch.forward_blocks, "forward", config, 2, "linear", "padded") is tuner
+    backward: Any = launch._tuned(launch.backward_blocks, "backward", config, 2, "linear", "padded")
+    assert backward.restore_value == ["mix_ptr"]
