@@ -135,16 +135,8 @@ def backward_blocks(
             for n0 in range(0, 1 if ONE_UNIT_BLOCK else N, BLOCK_N):
                 n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
                 units = n < N
-                s = tl.zeros([BLOCK_N, BLOCK_L], ACC)
-                if SAVED:
-                    s = tl.load(
-                        saved_ptr + mix_at[None, :] + n[:, None], units[:, None] & valid[None, :], other=0
-                    )
-                elif WEIGHTING == SCORES:
-                    scores_base = set_base(scores_ptr, b, row, scores_b, scores_l, LAYOUT)
-                    s = load_tile(scores_base, n, l, scores_n, scores_l, units, valid).to(ACC)
-
                 # One sweep over the features: every product with x, and the sums of dY and y
+                s = tl.zeros([BLOCK_N, BLOCK_L], ACC)  # W xᵀ
                 p = tl.zeros([BLOCK_N, BLOCK_L], ACC)  # dY dᵀ
                 dy_sum = tl.zeros([BLOCK_N], ACC)  # dY·1
                 y_x = tl.zeros([BLOCK_N, BLOCK_L], ACC)  # y dᵀ
@@ -183,6 +175,13 @@ def backward_blocks(
                     x_rho = x_sum[:, None] * rho[None, :]
                     gram += M * (rho[:, None] * rho[None, :]) - x_rho - tl.trans(x_rho)
                     x_sum -= M * rho
+                if SAVED:
+                    s = tl.load(
+                        saved_ptr + mix_at[None, :] + n[:, None], units[:, None] & valid[None, :], other=0
+                    )
+                elif WEIGHTING == SCORES:
+                    scores_base = set_base(scores_ptr, b, row, scores_b, scores_l, LAYOUT)
+                    s = load_tile(scores_base, n, l, scores_n, scores_l, units, valid).to(ACC)
                 if WEIGHTING == LINEAR and BIAS and not SAVED:
                     in_bias = valid & (l < bias_length)
                     s += load_tile(bias_ptr, n, l, bias_n, bias_l, units, in_bias).to(ACC)

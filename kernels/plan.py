@@ -231,9 +231,12 @@ def backward_plan(p: Problem) -> BackwardPlan:
     # The Gram form saves reading y, N M elements, and costs 2 L² M operations for every block of units.
     gram = p.itemsize in GRAM and p.shift and not split and p.weighting != "average"
     gram = gram and block_l <= LONGEST_GRAM and p.longest <= 2 * p.units
+    gram = gram and p.units <= (32 if p.kept else block_n)  # more do not fit the registers
     tile_rows = block_l + 2 * block_n
     stages = 1 if p.itemsize == 8 or p.relaxed else 2
-    block_m = _block_m(tile_rows, p.itemsize, p.features, stages, 32 if p.relaxed else 16)
+    block_m = _block_m(tile_rows, p.itemsize, p.features, stages, unrolled=16)
+    if gram:
+        block_m = min(block_m, 64)
     warps = 8 if gram or block_l * block_n >= 2048 or p.itemsize == 4 else 4
     config = _best("backward", p, Config(block_l, block_n, block_m, warps, stages))
 

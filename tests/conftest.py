@@ -79,6 +79,20 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield active
 
 
+@pytest.fixture(params=[BACKENDS[0], *NATIVE[-1:]], ids=str)
+def quick_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend but the interpreted one, which has fewer cases of its own beside such a test."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
+@pytest.fixture(params=TRITON, ids=str)
+def interpreted(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The Triton backend, in its interpreter."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
 @pytest.fixture(params=NATIVE[-1:], ids=str)
 def widest(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The native backend with the widest instruction set only."""

@@ -97,7 +97,7 @@ def test_calls_cover_the_flags_and_the_size_classes() -> None:
 
 @compiles
 def test_selection(listed: list[dict[str, Any]]) -> None:
-    """At most 40 per target, the same for one maker's GPUs; each kernel with each dtype and each form is among them."""
+    """At most 40 per target, the same for one maker's GPUs; each kernel, dtype and form is among them."""
     of = {name: [r for r in listed if r["target"] == name] for name in TARGETS}
     for name, rows in of.items():
         assert 0 < len(rows) <= 40

@@ -39,9 +39,15 @@ def test_gradcheck(backend: Backend, weighting: str, layout: str, shift: bool) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @SHIFT
-def test_gradgradcheck(each_backend: Backend, weighting: str, layout: str, shift: bool) -> None:
+def test_gradgradcheck(quick_backend: Backend, weighting: str, layout: str, shift: bool) -> None:
     case = make_case(**SMALL, weighting=weighting, layout=layout, shift=shift)
-    function, leaves = function_of(each_backend, case)
+    function, leaves = function_of(quick_backend, case)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(("weighting", "layout"), zip(WEIGHTINGS, LAYOUTS, strict=True))
+def test_gradgradcheck_interpreted(interpreted: Backend, weighting: str, layout: str) -> None:
+    function, leaves = function_of(interpreted, make_case(**SMALL, weighting=weighting, layout=layout))
     assert gradgradcheck(function, leaves, fast_mode=True)
 
 
@@ -50,11 +56,11 @@ def test_gradgradcheck(each_backend: Backend, weighting: str, layout: str, shift
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @SHIFT
 def test_gradgradcheck_entry_by_entry(
-    each_backend: Backend, weighting: str, layout: str, shift: bool
+    quick_backend: Backend, weighting: str, layout: str, shift: bool
 ) -> None:
     """The same without random projections."""
     case = make_case(**SMALL, weighting=weighting, layout=layout, shift=shift)
-    function, leaves = function_of(each_backend, case)
+    function, leaves = function_of(quick_backend, case)
     assert gradgradcheck(function, leaves)
 
 
@@ -93,7 +99,18 @@ def test_gradgradcheck_with_a_bound(each_backend: Backend) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weighting", ["fc1", "fc2", "gated", "average"])
 @SHIFT
-def test_module(each_backend: Backend, weighting: str, layout: str, shift: bool) -> None:
+def test_module(quick_backend: Backend, weighting: str, layout: str, shift: bool) -> None:
+    check_module(quick_backend, weighting, layout, shift)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "layout"), zip(["fc1", "fc2", "gated", "average"], LAYOUTS, strict=True)
+)
+def test_module_interpreted(interpreted: Backend, weighting: str, layout: str) -> None:
+    check_module(interpreted, weighting, layout, shift=True)
+
+
+def check_module(backend: Backend, weighting: str, layout: str, shift: bool) -> None:
     """Both checks through `fastac.AttentionCluster`, in x and every parameter."""
     hidden = {"hidden_features": 3} if weighting in ("fc2", "gated") else {}
     module = fastac.AttentionCluster(5, 2, weighting=weighting, shift=shift, dtype=torch.float64, **hidden)
@@ -102,7 +119,7 @@ def test_module(each_backend: Backend, weighting: str, layout: str, shift: bool)
     ragged = {n: t for n in ("lengths", "mask", "offsets") if (t := getattr(case, n)) is not None}
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
-        with fastac.backend(each_backend.name):
+        with fastac.backend(backend.name):
             found = torch.func.functional_call(
                 module, dict(zip(parameters, values, strict=True)), (x,), ragged
             )

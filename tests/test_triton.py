@@ -5,6 +5,7 @@ Everything the backend has in common with others is tested with them. Runs in Tr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,9 +124,9 @@ def test_no_value_is_read_from_the_device(launches: Launches, layout: str) -> No
 def test_gradcheck_of_the_gram_form(
     triton: Backend, launches: Launches, monkeypatch: pytest.MonkeyPatch, weighting: str, layout: str
 ) -> None:
-    """In float64, where automatic choice takes the direct form; two blocks of units."""
+    """In float64, where automatic choice takes the direct form."""
     monkeypatch.setattr(plan, "GRAM", (8,))
-    case = make_case(B=2, L=5, M=4, N=17, dtype=torch.float64, weighting=weighting, layout=layout, empty=True)
+    case = make_case(B=2, L=5, M=4, N=9, dtype=torch.float64, weighting=weighting, layout=layout, empty=True)
     names = tuple(case.floats())
     leaves = tuple(getattr(case, n).clone().requires_grad_() for n in names)
     assert gradcheck(
@@ -279,6 +280,76 @@ def test_offsets_of_64_bits(triton: Backend, layout: str) -> None:
     assert_equal(run(triton, case, far_dy), expected, "with dY far apart")
 
 
+# Values that a device is never asked for
+
+
+@pytest.mark.parametrize("weighting", ["fc1", "position_bias", "scores"])
+def test_lengths_are_clamped(triton: Backend, weighting: str) -> None:
+    """A length beyond L counts as L, a negative one as 0."""
+    for length in (9, 300):
+        case = make_case(B=5, L=length, M=19, N=3, weighting=weighting)
+        wild = case.replace(lengths=torch.tensor([2**40, -1, length, length + 1, -(2**40)]))
+        tame = case.replace(lengths=torch.tensor([length, 0, length, length, 0]))
+        dy, found = case.dy(), []
+        for c in (wild, tame):
+            y, stats, saved = launch.forward(*operands(c), False)
+            found.append((y, *launch.backward(dy, *operands(c), y, stats, saved, needs(c))))
+        for ours, expected in zip(*found, strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("weighting", ["fc1", "position_bias", "average", "scores"])
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        [0, 20, 40, 60, 80, 2**40],
+        [-(2**40), 20, 40, 60, 80, 100],
+        [0, 50, 40, 30, 20, 10],
+        [100, 0] * 3,
+        [37] * 6,
+    ],
+    ids=["beyond", "below", "falling", "jumping", "late"],
+)
+def test_wild_offsets_stay_in_bounds(triton: Backend, weighting: str, offsets: list[int]) -> None:
+    """Some answer, no guard hit, no crash; what lies around every operand is NaN and reaches nothing."""
+    case = pack(make_case(B=5, L=20, M=19, N=3, weighting=weighting), torch.full((5,), 20))
+    around = {name: fenced(t) for name, t in case.floats().items()}
+    case = case.replace(**around, offsets=torch.tensor(offsets))
+    y, stats, saved = launch.forward(*operands(case), True, 100)
+    rising = all(a <= b for a, b in itertools.pairwise([0, *offsets[1:]]))
+    if rising and offsets[-1] >= 0:  # every row then belongs to one set
+        assert y.isfinite().all()
+    launch.backward(case.dy(), *operands(case), y, stats, saved, needs(case), 100)
+
+
+def fenced(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers in the middle of a tensor of NaN."""
+    whole = torch.full((t.numel() + 2 * 4096,), float("nan"), dtype=t.dtype)
+    whole[4096:-4096] = t.flatten()
+    return whole[4096:-4096].view(t.shape)
+
+
+def test_a_set_longer_than_max_length(triton: Backend) -> None:
+    """The bound is the caller's word: what it leaves out of a set that is not split counts as excluded."""
+    case = pack(make_case(B=2, L=60, M=19, N=3), torch.tensor([60, 10]))
+    y, *_ = launch.forward(*operands(case), False, 16)
+    short = pack(make_case(B=2, L=16, M=19, N=3), torch.tensor([16, 10]))
+    x = torch.cat([case.x[:16], case.x[60:70]])
+    short = short.replace(x=x, weight=case.weight, alpha=case.alpha, beta=case.beta)
+    assert torch.equal(y, launch.forward(*operands(short), False, 16)[0])
+
+
+def test_nan_in_a_valid_frame_leaves_excluded_gradients_zero(triton: Backend) -> None:
+    for length in (10, 70):
+        case = make_case(B=2, L=length, M=19, N=3, weighting="scores", layout="mask")
+        assert case.mask is not None
+        case.mask[:, 3], case.mask[:, 4] = True, False
+        case.x[0, 3, 0] = float("nan")
+        grads = run(triton, case, case.dy())
+        for name, excluded in (("dx", ~case.mask[..., None]), ("dscores", ~case.mask[:, None])):
+            assert (grads[name].masked_select(excluded.expand(grads[name].shape)) == 0).all(), name
+
+
 # Precision
 
 
@@ -297,7 +368,11 @@ def test_precision_follows_torch(triton: Backend, launches: Launches) -> None:
             run(triton, case, case.dy())
             found = {a["PRECISION"] for name, _, a in launches if "PRECISION" in a}
             assert found == {expected}, (setting, dtype)
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # the newer setting
+        assert plan._relaxed(torch.float32)
     finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision(before)
 
 
