@@ -153,30 +153,34 @@ def product(narrowed, scale, tile, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 # Pivots. Features often share a large component along the all-ones direction, which beta or the softmax's
 # gradient cancels. The kernels therefore work on d_l = x_l - rho_l, rho_l near the mean of x_l: rounding then
-# concerns d, and the all-ones part is added in the accumulation type. Half types enter products as they are
-# (x - rho would be rounded); there the rounding of the other operand is what rho corrects.
+# concerns d, and the all-ones part is added in the accumulation type. Half types enter most products as they
+# are (x - rho would be rounded); there the rounding of the other operand is what rho corrects. Not so in the
+# Gram form: x xᵀ has rho squared in it, and a float32 sum would lose d beside that.
 
 
 @triton.jit
-def pivots(tile, M, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
+def pivots(tile, M, BLOCK_M: tl.constexpr, ACC: tl.constexpr, SUBTRACTED: tl.constexpr):
     """rho [R] of the first BLOCK_M features of every row of a tile, 0 for rows that were masked.
 
-    Their mean; for float32 and float64 only if it is twice their deviation, else 0: what is left over from
-    adding a pivot back is the same for all features, so it does not average out as other roundings do.
+    Their mean. If it is SUBTRACTED from x, in the dtype of x, then only where it is at least twice their
+    deviation, else 0: x - rho is then exact for nearly all features. A smaller pivot would do harm: what is
+    left over from adding it back is the same for all features and does not average out.
     """
     count = tl.minimum(M, BLOCK_M)
     x = tile.to(ACC)
     mean = tl.sum(x, axis=1) / count
-    if tile.dtype == tl.float16 or tile.dtype == tl.bfloat16:
-        return mean
+    if SUBTRACTED:
+        dominant = 5 * mean * mean > 4 * (tl.sum(x * x, axis=1) / count)
+        return tl.where(dominant, mean, 0.0).to(tile.dtype).to(ACC)
     else:
-        return tl.where(5 * mean * mean > 4 * (tl.sum(x * x, axis=1) / count), mean, 0.0)
+        return mean
 
 
 @triton.jit
 def set_pivot(
     base, b, count, mask_ptr, mask_b, mask_l, x_l, x_m, M,
     LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
+    SUBTRACTED: tl.constexpr,
 ):  # fmt: skip
     """One pivot for the whole set, that of its first valid position; 0 if none is near its start."""
     first = count * 0
@@ -190,7 +194,7 @@ def set_pivot(
             start += BLOCK_L
     cols, there = columns(0, M, BLOCK_M)
     x = tl.load(base + first * x_l + cols * x_m, there & (first < count), other=0)
-    return tl.sum(pivots(x[None, :], M, BLOCK_M, ACC), axis=0)
+    return tl.sum(pivots(x[None, :], M, BLOCK_M, ACC, SUBTRACTED), axis=0)
 
 
 @triton.jit

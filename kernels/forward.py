@@ -67,7 +67,7 @@ def forward_blocks(
         HALF: tl.constexpr = DTYPE == tl.float16 or DTYPE == tl.bfloat16
 
         cols, there = columns(0, M, BLOCK_M)
-        rho = pivots(load_tile(base, l, cols, x_l, x_m, valid, there), M, BLOCK_M, ACC)  # [BL]
+        rho = pivots(load_tile(base, l, cols, x_l, x_m, valid, there), M, BLOCK_M, ACC, not HALF)  # [BL]
 
         # Scores
         s = tl.zeros([BLOCK_N, BLOCK_L], ACC)
@@ -105,8 +105,9 @@ def forward_blocks(
             rest = tl.sum((p - p_narrow.to(ACC)) * rho[None, :], axis=1)
         else:  # core = p d, rest = p (rho - pivot), and the pivot
             pivot = set_pivot(
-                base, b, count, mask_ptr, mask_b, mask_l, x_l, x_m, M, LAYOUT, BLOCK_L, BLOCK_M, ACC
-            )
+                base, b, count, mask_ptr, mask_b, mask_l, x_l, x_m, M,
+                LAYOUT, BLOCK_L, BLOCK_M, ACC, not HALF,
+            )  # fmt: skip
             rest = tl.sum(p * tl.where(valid, rho - pivot, 0.0)[None, :], axis=1)
         rest *= scale
 

@@ -236,7 +236,7 @@ def backward_plan(p: Problem) -> BackwardPlan:
     stages = 1 if p.itemsize == 8 or p.relaxed else 2
     block_m = _block_m(tile_rows, p.itemsize, p.features, stages, unrolled=16)
     if gram:
-        block_m = min(block_m, 64)
+        block_m, stages = min(block_m, 32), 3  # in flight as much as 64 with 2, in fewer registers
     warps = 8 if gram or block_l * block_n >= 2048 or p.itemsize == 4 else 4
     config = _best("backward", p, Config(block_l, block_n, block_m, warps, stages))
 

@@ -22,6 +22,7 @@ from helpers import (
     pack,
     run,
     term_sizes,
+    truth,
 )
 from torch.autograd import gradcheck
 
@@ -146,6 +147,21 @@ def test_both_forms_are_accurate(
     check_case(triton, case)
     monkeypatch.setattr(plan, "GRAM", ())
     check_case(triton, case)
+
+
+@pytest.mark.parametrize("dtype", HALF, **IDS)
+def test_an_offset_of_x_does_not_spoil_the_gram_form(
+    triton: Backend, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """x xᵀ has the square of the offset in it: 4096 times G here, and float32 sums would lose digits of G."""
+    case = make_case(B=4, L=25, M=192, N=16, dtype=dtype, features="cancel", weighting="scores")
+    dy = case.dy()
+    exact = run(truth, case.to(torch.float64), dy.double())["dscores"]
+    errors = []
+    for itemsizes in ((2,), ()):  # the Gram form, the direct one
+        monkeypatch.setattr(plan, "GRAM", itemsizes)
+        errors.append(run(triton, case, dy)["dscores"].double().dist(exact))
+    assert errors[0] <= 1.25 * errors[1]
 
 
 def test_the_gram_form_does_not_read_y(triton: Backend) -> None:
