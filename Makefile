@@ -6,14 +6,20 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --constraint constraints.txt
 LIBRARY := fastac/_C.abi3.so
+# Compiling the CUDA kernels takes minutes: `make FASTAC_CUDA=1 build` adds them to the package.
+export FASTAC_CUDA ?= 0
+CUDA_LIBRARY := fastac/_C_cuda.abi3.so
+CUDA_ARCHS ?= 80;90
+CUDA_SOURCES := $(wildcard csrc/cuda/*)
+NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-HARNESS := $(wildcard tests/native/*.cpp tests/native/*.h)
+HARNESS := $(foreach folder,native cuda_emulation,$(wildcard tests/$(folder)/*.cpp tests/$(folder)/*.h))
 PYTEST := $(PY) -m pytest --numprocesses auto --dist loadgroup
 CROSS_CXX ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test full lint bench aot gpu sanitize cross clean distclean
+.PHONY: help build demo test full lint bench aot cuda gpu sanitize cross clean distclean
 
 help:
 	@echo "make demo      train an attention cluster on handwritten digits and compare with plain torch (minutes)"
@@ -21,6 +27,7 @@ help:
 	@echo "make full      run every test, the long ones too, and compile every Triton configuration (an hour or more)"
 	@echo "make bench     measure against eager, torch.compile and scaled_dot_product_attention"
 	@echo "make aot       compile the Triton kernels for NVIDIA and AMD GPUs that need not be there (AOT_ARGS=--all: all)"
+	@echo "make cuda      compile the CUDA kernels for CUDA_ARCHS='$(CUDA_ARCHS)' and print what became of them"
 	@echo "make gpu       on an NVIDIA GPU: tests, race repeats, benchmark; GPU_PYTHON=python3 uses that torch, no .venv"
 	@echo "make lint      ruff, mypy --strict and clang-format"
 	@echo "make sanitize  run the operator tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -59,7 +66,12 @@ $(VENV)/.dev: $(VENV)/.installed
 	@CXX="$(CXX)" $(PIP) --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@
 
-build: $(VENV)/.installed $(LIBRARY)
+build: $(VENV)/.installed $(LIBRARY) $(if $(filter 1,$(FASTAC_CUDA)),$(CUDA_LIBRARY))
+
+$(CUDA_LIBRARY): $(VENV)/.torch setup.py $(CUDA_SOURCES) | $(LIBRARY)
+	@echo "== building $@ (minutes)"
+	@CXX="$(CXX)" $(PY) setup.py --quiet build_ext --inplace
+	@touch $@
 
 demo: build
 	@echo "== demo"
@@ -74,6 +86,7 @@ full: build
 	@$(PYTEST) --durations=20
 	@echo "== compiling every Triton configuration"
 	@$(PY) -m fastac.kernels.aot --all
+	@$(if $(NVCC),$(MAKE) cuda CUDA_ARCHS="80;86;89;90;100;120",echo "== no nvcc: the CUDA kernels were not compiled")
 
 lint: $(VENV)/.dev
 	@echo "== ruff"
@@ -82,7 +95,7 @@ lint: $(VENV)/.dev
 	@echo "== mypy"
 	@$(PY) -m mypy
 	@echo "== clang-format"
-	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) $(HARNESS)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES) $(CUDA_SOURCES) $(HARNESS)
 
 # The benchmarks start themselves again with the malloc settings they need; benchmarks/machine.py says why.
 bench: build $(VENV)/.dev
@@ -94,30 +107,46 @@ aot: build
 	@echo "== compiling the Triton kernels"
 	@$(PY) -m fastac.kernels.aot $(AOT_ARGS)
 
-# Ends within eight minutes, .venv not counted. With GPU_PYTHON nothing is installed: the extension is built
-# in place by that interpreter, if it can be. GPU_ARGS are arguments of benchmarks/gpu.py.
+# Warnings are errors. The package in the tree stays as it is.
+COMPILED := build/cuda
+cuda: build
+	@$(if $(NVCC),,echo "make cuda needs nvcc, of the CUDA toolkit: not on the path nor in /usr/local/cuda" >&2; exit 2)
+	@echo "== compiling the CUDA kernels for $(CUDA_ARCHS)"
+	@CXX="$(CXX)" FASTAC_CUDA=1 FASTAC_CUDA_ARCHS="$(CUDA_ARCHS)" \
+		NVCC_APPEND_FLAGS="$(strip $(NVCC_APPEND_FLAGS) -Werror all-warnings -Xcompiler -Werror)" \
+		$(PY) setup.py --quiet build_ext --build-lib $(COMPILED)
+	@$(PY) scripts/cuda_report.py $(COMPILED)/$(CUDA_LIBRARY)
+	@$(PY) -m pytest --quiet tests/test_packaging.py -k "CUDA and (stable_symbols or needed_libraries)"
+
+# Ends within eight minutes, .venv not counted; --build adds the CUDA kernels, for this GPU, where nvcc is. With
+# GPU_PYTHON nothing is installed: that interpreter builds in place what it can. GPU_ARGS: see benchmarks/gpu.py.
 GPU_DEVICE := $(wildcard /dev/nvidiactl /dev/dxg)
 gpu: $(if $(GPU_PYTHON),,$(if $(GPU_DEVICE),build))
 	@$(if $(GPU_PYTHON)$(GPU_DEVICE),,echo "make gpu needs an NVIDIA GPU: this machine has no /dev/nvidiactl" >&2; exit 2)
-	@$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu $(if $(GPU_PYTHON),--build) $(GPU_ARGS)
+	@$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu --build $(GPU_ARGS)
 
 # torch itself is not instrumented, so its leaks and its own allocator are left alone; tests that start compilers or
-# build wheels would carry the sanitizer into those programs and stay out.
+# build wheels would carry the sanitizer into those programs and stay out, as does the one that writes into a guard.
 SANITIZED := build/sanitize
 sanitize: build
 	@echo "== building $(SANITIZED)/fastac"
 	@CXX="$(CXX)" FASTAC_SANITIZE=1 $(PY) setup.py --quiet build --build-lib $(SANITIZED)
 	@nm -D $(SANITIZED)/$(LIBRARY) | grep -q __asan_init || { echo "the library is not instrumented"; exit 1; }
-	@echo "== tests under the sanitizers (a quarter of an hour)"
-	@cd $(SANITIZED) && export PYTHONPATH="$(CURDIR)/$(SANITIZED)" \
+	@echo "== building the emulated CUDA kernels"
+	@emulated=$$(CXX="$(CXX)" FASTAC_SANITIZE=1 PYTHONPATH=tests \
+		$(PY) -c 'import cuda_operators; print(cuda_operators.build_operators())') && \
+		{ nm -D $$emulated | grep -q __asan_init || { echo "the emulated kernels are not instrumented"; exit 1; }; }
+	@echo "== tests under the sanitizers (half an hour)"
+	@cd $(SANITIZED) && export PYTHONPATH="$(CURDIR)/$(SANITIZED)" FASTAC_SANITIZE=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 		$(CURDIR)/$(PY) -c 'import fastac._native as n; print(n.PATH); assert n.available, n.why_not' | \
 			grep -F $(SANITIZED) && \
 		$(CURDIR)/$(VENV)/bin/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR) -m "not full" \
-		-k "not triton" -p no:cacheprovider --capture=sys \
-		$(addprefix --ignore=$(CURDIR)/tests/,gpu test_aot.py test_compile.py test_data.py test_demo.py test_gpu_tools.py \
-		test_import.py test_interpreter.py test_native.py test_packaging.py test_plan.py test_triton.py) \
+		-k "not triton and not test_the_guard_sees" -p no:cacheprovider --capture=sys \
+		$(addprefix --ignore=$(CURDIR)/tests/,gpu test_aot.py test_compile.py test_cuda_report.py test_data.py test_demo.py \
+		test_gpu_stages.py test_gpu_tools.py test_import.py test_interpreter.py test_native.py test_packaging.py test_plan.py \
+		test_triton.py) \
 		$(SANITIZE_ARGS) $(CURDIR)/tests
 
 cross: $(VENV)/.torch
@@ -133,7 +162,7 @@ cross: $(VENV)/.torch
 	done
 
 clean:
-	rm -rf build dist *.egg-info $(LIBRARY) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(LIBRARY) $(CUDA_LIBRARY) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -2,11 +2,14 @@
 
 Stages, in this order, within one budget of time:
 
-    build      the C++ extension in place (only with --build; `make gpu` has built it already in .venv)
+    build      the extensions in place (with --build), the CUDA one for this GPU alone and where nvcc is found
     tests      tests/gpu, dealt out to several processes; beside them the benchmark's kernels are compiled
     races      forward and backward a hundred times on every workload: equal bits, or a failure
     bench      the workloads against eager, torch.compile and SDPA, the most telling first
     sanitizer  compute-sanitizer's memcheck and racecheck on small shapes, where it is installed
+
+Every stage runs on our backends for GPUs side by side, triton and cuda; one that cannot run here is left out,
+and the report says why.
 
 Exit status: 0 all that ran is right; 1 something is wrong, or tests did not end in time; 2 there is no GPU.
 """
@@ -14,6 +17,7 @@ Exit status: 0 all that ran is right; 1 something is wrong, or tests did not end
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -31,7 +35,8 @@ from .workloads import WORKLOADS
 
 STAGES = ("build", "tests", "races", "bench", "sanitizer")
 DTYPES = ("bfloat16", "float16", "float32")
-SANITIZER_SECONDS = 60.0
+BACKENDS = ("triton", "cuda")
+SANITIZER_SECONDS = 75.0
 FINISH_SECONDS = 8.0
 
 
@@ -58,7 +63,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="budget for everything (default 8)")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks" / "results", help="folder")
-    parser.add_argument("--build", action="store_true", help="build the C++ extension in place first")
+    parser.add_argument(
+        "--build", action="store_true", help="build the C++ and CUDA extensions in place first"
+    )
     parser.add_argument(
         "--stages", default=",".join(STAGES[1:]), help=f"comma-separated, of {', '.join(STAGES[1:])}"
     )
@@ -68,7 +75,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=15, help="runs of each contender (default 15)")
     parser.add_argument("--repeats", type=int, default=100, help="race repeats of a workload (default 100)")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
-    parser.add_argument("--backend", default="triton", help="backend measured as ours (default triton)")
+    parser.add_argument(
+        "--backends",
+        help=f"ours, the leading one first (default those of {','.join(BACKENDS)} that can run here)",
+    )
     parser.add_argument("--commit", help="commit of the sources, where there is no repository to ask")
     parser.add_argument("--warm", help=argparse.SUPPRESS)  # i/n: compile part i of n of the benchmark
     return parser
@@ -81,6 +91,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given.dtypes = tuple(name for name in given.dtypes.split(",") if name)
     given.peers = [name for name in given.peers.split(",") if name]
     given.workload = tuple(given.workload or WORKLOADS)
+    given.named = given.backends is not None
+    given.backends = [name for name in (given.backends or ",".join(BACKENDS)).split(",") if name]
     for option, values, known in (
         ("--stages", given.stages, STAGES[1:]),
         ("--dtypes", given.dtypes, DTYPES),
@@ -95,20 +107,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{option} must be positive, got {getattr(given, option)}")
     if not given.dtypes:
         parser.error(f"--dtypes must name at least one of {', '.join(DTYPES)}")
+    if not given.backends or len(set(given.backends)) < len(given.backends):
+        parser.error(f"--backends must name at least one backend, and none twice, got {given.backends}")
     return given
 
 
-def contenders(names: list[str], backend: str) -> dict[str, Any]:
-    """Ours first, then the peers."""
+def contenders(names: list[str], backends: list[str]) -> dict[str, Any]:
+    """Ours first, then our other backends, then the peers."""
     from .peers import PEERS, Ours
 
-    found: dict[str, Any] = {"ours": Ours(backend)}
+    found: dict[str, Any] = {"ours": Ours(backends[0])} | {name: Ours(name) for name in backends[1:]}
     with torch.device(gpu_device.Cuda.name):  # torch.compile tries itself out on the default device
         return found | {name: PEERS[name]() for name in names}
 
 
 def warm_jobs(given: argparse.Namespace, parts: int) -> list[gpu_stages.Job]:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--backend", given.backend]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--backends", ",".join(given.backends)]
     command += ["--dtypes", ",".join(given.dtypes), "--peers", ",".join(given.peers)]
     for name in given.workload:
         command += ["--workload", name]
@@ -124,7 +138,7 @@ def warm(given: argparse.Namespace) -> int:
     from .gpu_bench import groups, make_case, sample
 
     part, parts = map(int, given.warm.split("/"))
-    runners = contenders(given.peers, given.backend)
+    runners = contenders(given.peers, given.backends)
     for group in groups(given.workload, given.dtypes)[part::parts]:
         for runner in runners.values():
             try:
@@ -138,41 +152,45 @@ def warm(given: argparse.Namespace) -> int:
     return 0
 
 
-def run_races(report: Any, ours: Any, device: Any, todo: list[Any], repeats: int, budget: Budget) -> bool:
-    """Repeat every group's forward and backward; whether all that ran had equal bits."""
+def run_races(
+    report: Any, own: dict[str, Any], device: Any, todo: list[Any], repeats: int, budget: Budget
+) -> bool:
+    """Repeat every group's forward and backward on every backend; whether all that ran had equal bits."""
     from .gpu_bench import OutOfTime, races
     from .gpu_report import say
 
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {backend: {} for backend in own}
     report.stages["races"] = {"repeats": repeats, "groups": found}
     right = True
-    for group in todo:
+    for group, backend in itertools.product(todo, own):
+        groups, name = found[backend], str(group)
         if budget.left() <= 0:
-            found[str(group)] = "out of time"
+            groups[name] = "out of time"
             continue
         try:
-            done, different = races(group, ours, device, repeats)
+            done, different = races(group, own[backend], device, repeats)
         except torch.cuda.OutOfMemoryError:
-            found[str(group)] = "not enough device memory"
+            groups[name] = "not enough device memory"
             continue
         except OutOfTime:
-            found[str(group)] = "out of time"
+            groups[name] = "out of time"
             break
         except Exception as error:
-            found[str(group)] = f"{type(error).__name__}: {error}"
+            groups[name] = f"{type(error).__name__}: {error}"
             right = False
-            say(f"  {group}: {found[str(group)]}")
+            say(f"  {name}, {backend}: {groups[name]}")
             continue
         finally:
             device.release()
-        found[str(group)] = {"repeats": done, "different": different}
+        groups[name] = {"repeats": done, "different": different}
         if different:
             right = False
-            say(f"  {group}: NOT THE SAME BITS in {done} repeats: {', '.join(different)}")
-    ran = [v for v in found.values() if isinstance(v, dict)]
+            say(f"  {name}, {backend}: NOT THE SAME BITS in {done} repeats: {', '.join(different)}")
+    ran = {b: sum(isinstance(v, dict) for v in groups.values()) for b, groups in found.items()}
     verdict = "equal bits" if right else "NOT RIGHT"
-    say(f"  {len(ran)} of {len(todo)} groups ran {repeats} times: {verdict}")
-    return right and bool(ran)
+    counts = ", ".join(f"{backend} {count} of {len(todo)}" for backend, count in ran.items())
+    say(f"  groups that ran {repeats} times: {counts}: {verdict}")
+    return right and all(ran.values())
 
 
 def run_bench(
@@ -199,13 +217,20 @@ def run_bench(
             begin = budget.clock()
             name = str(group)
 
-            def checked(ready: Any, plan: Any, name: str = name) -> None:
+            def checked(ready: Any, plans: Any, name: str = name) -> None:
                 report.errors[name] = ready.errors
-                report.plans[name] = {key: str(value) for key, value in plan.items()}
+                report.plans[name] = {
+                    contender: {key: str(value) for key, value in plan.items()}
+                    for contender, plan in plans.items()
+                }
+                for contender, wrong in ready.wrong.items():
+                    report.red[f"{name}, {contender}"] = wrong
+                    say(f"  {name}: {contender} is WRONG, its speed is not reported: {wrong}")
 
             try:
+                leading = given.backends[0]
                 for cell in measure(
-                    group, runners, device, rates, backend=given.backend, rounds=given.rounds, checked=checked
+                    group, runners, device, rates, backend=leading, rounds=given.rounds, checked=checked
                 ):
                     report.add(cell)
                     said = line(cell)
@@ -254,8 +279,10 @@ def main(argv: list[str] | None = None) -> int:
     built = None
     if given.build:
         print("== build", flush=True)
-        built = gpu_stages.build(budget.until(0.25))
-        print(f"  {'done' if built['built'] else 'no C++ extension, FASTAC_NATIVE=0: ' + built['reason']}")
+        built = gpu_stages.build(budget.until(0.25), gpu_device.capability())
+        for name, result in built.items():
+            said = "built" if result["built"] else f"not built: {result['reason']}"
+            print(f"  {name} extension: {said}, {result['seconds']} s", flush=True)
 
     from fastac import backends
 
@@ -263,25 +290,31 @@ def main(argv: list[str] | None = None) -> int:
     from .gpu_report import Report, finish, say
 
     find_kernels()
-    reason = backends.why_not(given.backend, torch.empty(1, device=gpu_device.Cuda.name))
-    if reason is not None:
-        print(f"backend {given.backend!r} cannot be measured here: {reason}", file=sys.stderr)
+    x = torch.empty(1, device=gpu_device.Cuda.name)
+    absent = {n: reason for n in given.backends if (reason := backends.why_not(n, x)) is not None}
+    for name, reason in absent.items():
+        print(f"backend {name!r} cannot be measured here: {reason}", file=sys.stderr)
+    given.backends = [name for name in given.backends if name not in absent]
+    if not given.backends or (given.named and absent):
         return 1
-    report = Report(gpu_device.describe(given.backend, given.commit), given.out)
-    report.options = {n: str(v) for n, v in vars(given).items() if n not in ("out", "warm", "commit")}
+    report = Report(gpu_device.describe(",".join(given.backends), given.commit), given.out)
+    left_out = ("out", "warm", "commit", "named")
+    report.options = {n: str(v) for n, v in vars(given).items() if n not in left_out}
+    if absent:
+        report.stages["backends left out"] = absent
     if built is not None:
         report.stages["build"] = built
     path = gpu_stages.sanitizer()
     sanitizes = "sanitizer" in given.stages and not given.no_sanitizer and path is not None
     reserve = FINISH_SECONDS + (min(SANITIZER_SECONDS, 0.2 * budget.left()) if sanitizes else 0)
-    right = True
+    right = not any(result.get("failed") for result in (built or {}).values())
     try:
         alarm(None)
         if "tests" in given.stages:
             say("== tests")
             share = 0.45 if "bench" in given.stages else 0.85
             tests = gpu_stages.tests_and_warm_up(
-                budget.until(share), lambda n: warm_jobs(given, n), os.cpu_count() or 1
+                budget.until(share), lambda n: warm_jobs(given, n), os.cpu_count() or 1, given.backends
             )
             report.stages["tests"] = tests.record()
             report.save()
@@ -294,16 +327,16 @@ def main(argv: list[str] | None = None) -> int:
                 say(f"  {text}")
             right &= tests.green
         device = gpu_device.Cuda()
-        runners = contenders(given.peers, given.backend)
+        runners = contenders(given.peers, given.backends)
         todo = groups(given.workload, given.dtypes)
         if "races" in given.stages:
             say("== races")
             limit = min(40.0, 0.15 * budget.left(reserve))
             alarm(2 * limit)
             own = [g for g in todo if g.workload.batch <= 256 or g.workload.name == "flash-mnist"]
-            right &= run_races(
-                report, runners["ours"], device, own, given.repeats, Budget(limit, budget.clock)
-            )
+            first, *others = given.backends
+            repeated = {first: runners["ours"]} | {name: runners[name] for name in others}
+            right &= run_races(report, repeated, device, own, given.repeats, Budget(limit, budget.clock))
             report.save()
         if "bench" in given.stages:
             say("== bench")
@@ -319,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
                 report.stages["sanitizer"] = "not installed"
                 say("  not installed")
             else:
-                found = gpu_stages.sanitize(path, budget.deadline - FINISH_SECONDS / 2)
+                found = gpu_stages.sanitize(path, budget.deadline - FINISH_SECONDS / 2, given.backends[::-1])
                 report.stages["sanitizer"] = found
                 for tool, result in found.items():
                     say(f"  {tool}: {result['state']}: {result['text']}")

@@ -1,8 +1,9 @@
 """What is measured on a GPU: cases, least costs, the gate, and the alternating runs of one group.
 
-A group is one workload at one batch size in one dtype. Its floor is, pass by pass, the longer of two times:
-a device copy of as many bytes as the pass must move, timed in the same alternation, and its operations at the
-rate of a large matrix product, measured on the same card at the start.
+A group is one workload at one batch size in one dtype. The contender "ours" is the first of our backends, the
+others go by their names. A group's floor is, pass by pass, the longer of two times: a device copy of as many
+bytes as the pass must move, timed in the same alternation, and its operations at the rate of a large matrix
+product, measured on the same card at the start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastac.explain import Cost
 
 from . import correctness
 from .gpu_device import Device, Sample
-from .peers import Prepared, Unavailable
+from .peers import Ours, Prepared, Unavailable
 from .timing import Timings
 from .workloads import MODES, WORKLOADS, Case, Workload
 
@@ -211,25 +212,29 @@ class Ready:
     prepared: dict[str, Prepared] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)  # backends of ours that are left out for it
 
 
 def make_ready(case: Case, contenders: Mapping[str, Any], device: Device) -> Ready:
     """Prepare every contender and hold it against float64.
 
     Raises: `correctness.Red` if ours is wrong. A peer that is wrong, or lacks memory, is left out with the
-    reason.
+    reason; so is another backend of ours, which is held to the bounds of ours.
     """
     ready = Ready(case)
     for name, contender in contenders.items():
+        own = isinstance(contender, Ours)
         try:
             prepared = contender.prepare(case)
-            lines = correctness.check(case, {name: prepared}, MODES)
+            lines = correctness.check(case, {name: prepared}, MODES, name if own else "ours")
         except Unavailable as why:
             ready.reasons[name] = str(why)
         except correctness.Red as wrong:
             if name == "ours":
                 raise
             ready.reasons[name] = "wrong: " + " ".join(str(wrong).split())
+            if own:
+                ready.wrong[name] = str(wrong)
         except torch.cuda.OutOfMemoryError:
             if name == "ours":
                 raise
@@ -238,6 +243,8 @@ def make_ready(case: Case, contenders: Mapping[str, Any], device: Device) -> Rea
             if name == "ours":
                 raise
             ready.reasons[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if own:
+                ready.wrong[name] = ready.reasons[name]
         else:
             ready.prepared[name] = prepared
             ready.errors += lines
@@ -260,6 +267,7 @@ class Cell:
     timings: Timings
     calls: dict[str, float]  # wall-clock seconds of one call among many, by contender
     reasons: dict[str, str]
+    backends: dict[str, str] = field(default_factory=dict)  # our contenders -> their backends, "ours" first
 
     @property
     def floors(self) -> list[float]:
@@ -339,17 +347,18 @@ def measure(
     rounds: int = 15,
     budget: float = 1.0,
     seed: int = 0,
-    checked: Callable[[Ready, Mapping[str, object]], None] = lambda ready, plan: None,
+    checked: Callable[[Ready, Mapping[str, Mapping[str, object]]], None] = lambda ready, plans: None,
 ) -> Iterator[Cell]:
     """Check one group, then time it mode by mode, yielding each as it is done.
 
-    `checked` is told of the contenders and the plan once the gate is open.
+    `checked` is told of the contenders, and of the plans of ours by contender, once the gate is open.
     Raises: `correctness.Red` before any figure if ours is wrong; OutOfMemoryError if ours has no room.
     """
     case = make_case(group, device.name, seed)
     ready = make_ready(case, contenders, device)
     candidates, plan = forms(case, backend)
-    checked(ready, plan)
+    others = {n: c.backend for n, c in contenders.items() if n != "ours" and isinstance(c, Ours)}
+    checked(ready, {"ours": plan} | {n: forms(case, b)[1] for n, b in others.items() if n in ready.prepared})
     rate = rates.operations[group.dtype]
     for mode, names in PASSES.items():
         passes = [least(candidates[name], rates.bandwidth, rate) for name in names]
@@ -371,7 +380,8 @@ def measure(
         for p in passes:
             samples[f"copy {p.name}"] = copy_sample(device.name, p.cost.bytes)
         timings = alternate(device, samples, rounds, budget)
-        yield Cell(group, mode, case.rows, passes, rate, timings, calls, reasons)
+        backends = {"ours": backend or "automatic", **others}
+        yield Cell(group, mode, case.rows, passes, rate, timings, calls, reasons, backends)
         samples.clear()
         device.release()
 

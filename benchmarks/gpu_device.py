@@ -125,6 +125,12 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def capability() -> int:
+    """Of the current CUDA device, 10 major + minor."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def driver() -> str:
     """Version of the NVIDIA driver, "unknown" where no one says it."""
     try:

@@ -1,8 +1,9 @@
-"""Small shapes on the GPU, forward and backward, for compute-sanitizer: `python -m benchmarks.gpu_probe`."""
+"""Small shapes, forward and backward, for compute-sanitizer: `python -m benchmarks.gpu_probe cuda`."""
 
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 
@@ -10,7 +11,7 @@ import fastac
 
 from .gpu_checkout import find_kernels
 
-# B, L, M, N: within one block and beyond it, primes, one unit
+# B, L, M, N: within one block, or cluster, and beyond it, primes, one unit
 SHAPES = ((3, 25, 128, 8), (2, 67, 131, 33), (3, 1, 50, 1))
 
 
@@ -41,6 +42,6 @@ def probe(device: str, backend: str) -> int:
 
 if __name__ == "__main__":
     find_kernels()
-    made = probe("cuda", "triton")
+    made = probe("cuda", sys.argv[1])
     torch.cuda.synchronize()
     print(f"probe: done, {made} calls", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import sys
 import time
@@ -12,7 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .gpu_bench import LARGE_BATCH, MODE_TEXT, PASSES, Cell, Group
+import torch
+
+from fastac import _cuda
+
+from .gpu_bench import DTYPES, LARGE_BATCH, MODE_TEXT, PASSES, Cell, Group
 from .targets import Figure, at_least
 
 COLUMNS = (
@@ -22,6 +27,9 @@ COLUMNS = (
     "date", "commit", "backend", "gpu", "driver", "cuda", "torch", "triton", "python",
 )  # fmt: skip
 PEERS = ("eager", "compile", "sdpa")
+SHARES = {"triton": (0.75, 0.60), "cuda": (0.85, 0.75)}
+"""Shares of the floor to reach with short sets, forward and backward, by backend."""
+
 PICTURE_SECONDS = 15.0
 """A picture is drawn at most this often while rows are still coming."""
 
@@ -43,9 +51,10 @@ class Report:
     """What the stages other than the benchmark found, by stage."""
     cells: list[Cell] = field(default_factory=list)
     errors: dict[str, list[str]] = field(default_factory=dict)
-    plans: dict[str, dict[str, str]] = field(default_factory=dict)
+    plans: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
+    """The plans of each group, by contender."""
     red: dict[str, str] = field(default_factory=dict)
-    """Groups without figures because ours was wrong, with the errors."""
+    """Groups without figures of ours because it was wrong, with the errors."""
     unmeasured: dict[str, str] = field(default_factory=dict)
     """Groups without (all) figures for another reason."""
 
@@ -84,6 +93,7 @@ class Report:
             "records": [record for cell in self.cells for record in cell.records()],
             "seconds": {f"{c.group}/{c.mode}": c.timings.seconds for c in self.cells},
             "targets": [asdict(f) for f in figures(self.cells)],
+            "winners": {str(self.machine["gpu"]): winners(self.cells)},
         }
         partial = self.path(".json.partial")
         partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
@@ -98,6 +108,10 @@ def _times(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
+def _microseconds(cell: Cell, name: str) -> str:
+    return f"{1e6 * cell.timings.median(name):.1f}" if name in cell.timings.seconds else "-"
+
+
 def line(cell: Cell) -> dict[str, str]:
     """One line of the table."""
     return {
@@ -108,6 +122,14 @@ def line(cell: Cell) -> dict[str, str]:
         "ours us": f"{1e6 * cell.timings.median('ours'):.1f}",
         "floor us": f"{1e6 * sum(cell.floors) / len(cell.floors):.1f}",
         "share": f"{100 * cell.share():.0f} %",
+        **{
+            key: text
+            for other in [*cell.backends][1:]
+            for key, text in (
+                (f"{other} us", _microseconds(cell, other)),
+                (f"{other}/ours", _times(cell.speedup(other))),
+            )
+        },
         **{f"{peer}/ours": _times(cell.speedup(peer)) for peer in PEERS},
         "call us": f"{1e6 * cell.calls['ours']:.1f}" if "ours" in cell.calls else "-",
     }
@@ -126,6 +148,7 @@ def table(lines: Iterable[Mapping[str, str]]) -> str:
 
 def figures(cells: Iterable[Cell]) -> list[Figure]:
     """The figures to reach in bfloat16, B = 1024, each with what was measured."""
+    cells = list(cells)
     by_name = {
         (c.group.workload.name, c.mode): c
         for c in cells
@@ -133,21 +156,45 @@ def figures(cells: Iterable[Cell]) -> list[Figure]:
     }
     found = []
 
-    def share(name: str, mode: str, target: float) -> None:
+    def share(contender: str, backend: str, name: str, mode: str, target: float) -> None:
         cell = by_name.get((name, mode))
-        measured = cell.share() if cell else None
-        found.append(at_least(f"{name} {mode}, share of the floor", target, measured, ""))
+        measured = cell.share(contender) if cell and contender in cell.timings.seconds else None
+        found.append(at_least(f"{name} {mode}, {backend}, share of the floor", target, measured, ""))
 
-    for name in ("kinetics-rgb", "ucf-resnet", "kinetics-flow"):
-        share(name, "forward", 0.75)
-        share(name, "backward", 0.60)
-    share("mil-bag", "forward", 0.80)
+    for contender, backend in (cells[0].backends if cells else {}).items():
+        forward, backward = SHARES.get(backend, SHARES["triton"])
+        for name in ("kinetics-rgb", "ucf-resnet", "kinetics-flow"):
+            share(contender, backend, name, "forward", forward)
+            share(contender, backend, name, "backward", backward)
+        if backend == "cuda":
+            share(contender, backend, "yt8m-rgb", "forward", 0.55)
+            share(contender, backend, "yt8m-rgb", "backward", 0.45)
+        share(contender, backend, "mil-bag", "forward", 0.80)
     for mode in PASSES:
         for peer, target in (("compile", 2.0), ("eager", 3.0), ("sdpa", 3.0)):
             cell = by_name.get(("kinetics-rgb", mode))
             ratio = cell.speedup(peer) if cell else None
             found.append(at_least(f"kinetics-rgb {mode}, {peer} / ours", target, ratio))
     return found
+
+
+def winners(cells: Iterable[Cell]) -> dict[str, str]:
+    """Which of cuda and triton is faster in each class of calls: what fastac/measured.json holds for a GPU.
+
+    The faster one of a class has the lower product of times over all its training cells.
+    """
+    ratios: dict[str, list[float]] = {}
+    for cell in cells:
+        contenders = {backend: name for name, backend in cell.backends.items()}
+        times = [cell.timings.seconds.get(contenders.get(b, "")) for b in ("cuda", "triton")]
+        if cell.mode != "training" or None in times:
+            continue
+        w = cell.group.workload
+        sizes = (cell.rows, w.in_features) if w.ragged else (w.batch, w.length, w.in_features)
+        x = torch.empty(sizes, dtype=DTYPES[cell.group.dtype], device="meta")
+        ratio = cell.timings.ratio(contenders["cuda"], contenders["triton"])
+        ratios.setdefault(_cuda.workload(x), []).append(math.log(ratio))
+    return {name: "cuda" if sum(each) < 0 else "triton" for name, each in sorted(ratios.items())}
 
 
 def render(report: Report) -> str:
@@ -164,6 +211,9 @@ def render(report: Report) -> str:
             "Targets",
             table({k: str(v) for k, v in asdict(f).items()} for f in figures(report.cells)),
         ]
+        found = winners(report.cells)
+        if found:
+            out += ["", f"Faster, for fastac/measured.json: {json.dumps({report.machine['gpu']: found})}"]
         absent = {f"  {c.group}: no {n}: {why}" for c in report.cells for n, why in c.reasons.items()}
         out += sorted(absent)
     for name, why in report.red.items():
@@ -193,7 +243,8 @@ def draw(cells: list[Cell], machine: Mapping[str, object], path: Path) -> str:
     by_name = {(c.group.workload.name, c.mode): c for c in cells if first[c.group.workload.name] == c.group}
     names = list(first)
     modes = list(PASSES)
-    peers = [p for p in PEERS if any(c.speedup(p) is not None for c in by_name.values())]
+    named = [*[*cells[0].backends][1:], *PEERS]
+    peers = [p for p in named if any(c.speedup(p) is not None for c in by_name.values())]
     size = (11, 3 + 2.6 * len(peers))
     figure, axes = plt.subplots(1 + len(peers), 1, figsize=size, sharex=True, squeeze=False)
     width = 0.8 / len(modes)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from .machine import ROOT
 
 TESTS = "tests/gpu"
 TOOLS = ("memcheck", "racecheck")
+MISSING = ("no nvcc found", "no C++ compiler found")
+"""What setup.py says where a compiler is not installed."""
 
 
 @dataclass
@@ -83,20 +85,40 @@ def end(processes: list[subprocess.Popen[bytes]]) -> None:
                 process.wait(max(0.0, until - time.monotonic()))
 
 
-def build(deadline: float) -> dict[str, Any]:
-    """Build the C++ extension in place with this interpreter.
+def build(deadline: float, capability: int) -> dict[str, dict[str, Any]]:
+    """Build both extensions in place with this interpreter: {"C++": ..., "CUDA": ...}.
 
-    Where that fails, FASTAC_NATIVE=0 is set for everything that follows, and the result says why: the Triton
-    kernels need no extension.
+    Each result has "built" and "seconds"; if it was not built, "reason" and "failed", which is whether a
+    compiler stopped rather than was missing or out of time. Where the C++ one fails, FASTAC_NATIVE=0 is set
+    for everything that follows: the Triton kernels need no extension. The CUDA one is compiled for this GPU.
+
+    Args:
+        deadline: by time.monotonic.
+        capability: of the GPU, 10 major + minor.
     """
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    jobs = str(os.cpu_count() or 1)
+    both = {"FASTAC_CUDA": "1", "FASTAC_CUDA_ARCHS": str(capability), "FASTAC_BUILD_JOBS": jobs}
+    now = time.monotonic()
+    cuda = attempt(["--parallel", "2"], both, now + 0.8 * (deadline - now))
+    if cuda["built"]:
+        return {"C++": cuda, "CUDA": cuda}
+    plain = attempt([], {"FASTAC_CUDA": "0"}, deadline)
+    if not plain["built"]:
+        os.environ["FASTAC_NATIVE"] = "0"
+        cuda |= {"reason": "needs the C++ extension", "failed": False}
+    return {"C++": plain, "CUDA": cuda}
+
+
+def attempt(options: list[str], environment: Mapping[str, str], deadline: float) -> dict[str, Any]:
+    """Build what the environment asks for; see `build` for the result."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", *options]
     begin = time.monotonic()
-    done = run_all([Job("build", command)], deadline)["build"]
+    done = run_all([Job("build", command, environment)], deadline)["build"]
     result: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1), "built": done.status == 0}
     if done.status != 0:
-        os.environ["FASTAC_NATIVE"] = "0"
         lines = done.output.strip().splitlines() or ["no output"]
         result["reason"] = "out of time" if done.status is None else lines[-1]
+        result["failed"] = done.status is not None and not any(why in lines[-1] for why in MISSING)
     return result
 
 
@@ -138,14 +160,15 @@ class Tests:
         }  # fmt: skip
 
 
-def test_jobs(shards: int, folder: Path) -> list[Job]:
+def test_jobs(shards: int, folder: Path, backends: Sequence[str]) -> list[Job]:
     """The GPU tests dealt out to processes; each writes what happened to a file of its own as it happens."""
+    common = {"FASTAC_GPU_BACKENDS": ",".join(backends)}
     command = [sys.executable, "-m", "pytest", TESTS, "-m", "not full", "-q", "-p", "no:cacheprovider"]
     return [
         Job(
             f"tests {i}",
             command,
-            {"FASTAC_GPU_SHARD": f"{i}/{shards}", "FASTAC_GPU_LOG": str(folder / f"{i}.jsonl")},
+            common | {"FASTAC_GPU_SHARD": f"{i}/{shards}", "FASTAC_GPU_LOG": str(folder / f"{i}.jsonl")},
         )
         for i in range(shards)
     ]
@@ -178,17 +201,20 @@ def read_tests(folder: Path, jobs: list[Job], done: Mapping[str, Done]) -> Tests
     return tests
 
 
-def tests_and_warm_up(deadline: float, warm: Callable[[int], list[Job]], cores: int) -> Tests:
+def tests_and_warm_up(
+    deadline: float, warm: Callable[[int], list[Job]], cores: int, backends: Sequence[str]
+) -> Tests:
     """Run the GPU tests; beside them, where there are cores, compile what the benchmark will need.
 
     Args:
         deadline: of all processes, by time.monotonic.
         warm: the warm-up dealt out to a number of processes.
         cores: how many processors there are.
+        backends: those that are tested.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        jobs = test_jobs(max(1, min(8, cores // 2)), folder)
+        jobs = test_jobs(max(1, min(8, cores // 2)), folder, backends)
         warming = warm(min(4, cores // 4)) if cores >= 4 else []
         done = run_all(jobs + warming, deadline)
         return read_tests(folder, jobs, done)
@@ -220,15 +246,16 @@ def verdict(tool: str, done: Done) -> dict[str, Any]:
     return {"state": "clean", "text": lines[-1]}
 
 
-def sanitize(path: str, deadline: float) -> dict[str, dict[str, Any]]:
-    """Run small shapes under memcheck and racecheck, one after the other."""
+def sanitize(path: str, deadline: float, backends: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Run small shapes under memcheck and racecheck, one after the other, on each backend in turn."""
     found = {}
-    for i, tool in enumerate(TOOLS):
+    todo = [(backend, tool) for backend in backends for tool in TOOLS]
+    for i, (backend, tool) in enumerate(todo):
         now = time.monotonic()
-        until = now + (deadline - now) / (len(TOOLS) - i)
+        until = now + (deadline - now) / (len(todo) - i)
         command = [path, "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-        command += [sys.executable, "-m", "benchmarks.gpu_probe"]
+        command += [sys.executable, "-m", "benchmarks.gpu_probe", backend]
         # One allocation per tensor, so that a write past its end is a write past the end of an allocation.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        found[tool] = verdict(tool, run_all([Job(tool, command, environment)], until)[tool])
+        found[f"{backend} {tool}"] = verdict(tool, run_all([Job(tool, command, environment)], until)[tool])
     return found

@@ -166,6 +166,7 @@ class Ours:
                 )
         else:
             self.arguments["backend"] = backend
+        self.backend = backend
         self.note = f"fastac, backend {backend}"
         self.cluster = fastac.attention_cluster
         self.pool = fastac.attention_pool

@@ -2,7 +2,8 @@
 
 A backend asked for by name that cannot run a call raises with the reason. An automatic choice takes the first
 backend of `AUTOMATIC` for the device of x that can and that need not be asked for by name, and is logged once
-per plan on the logger "fastac".
+per plan on the logger "fastac". Between cuda and triton the table of measured winners decides; where it has
+no entry, triton is preferred.
 
 The current choice is a plain module global: it can be read while torch.compile traces, which guards on it.
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from . import _cuda as _cuda_library
 from . import _native
 from .checks import FLOATS
 
@@ -55,10 +57,6 @@ def _constant(function: Callable[Parameters, Returned]) -> Callable[Parameters, 
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-def _cuda(x: Tensor) -> str | None:
-    return "not built"
 
 
 @functools.cache
@@ -141,6 +139,43 @@ def _triton_by_name(x: Tensor) -> str | None:
     return None
 
 
+_emulated = _constant(_cuda_library.emulated)
+
+
+def _cuda(x: Tensor) -> str | None:
+    if transforming():
+        return _NO_RULES
+    if x.device.type == "cpu" and _emulated():
+        return None
+    if _cuda_library.why_not is not None:
+        return _cuda_library.why_not
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, not on a CUDA device"
+    return _too_old(x.device.index)
+
+
+@_constant
+def _gpu_name(index: int | None) -> str:
+    """Name of a CUDA device; empty without a GPU, where only fake tensors are on such a device."""
+    return torch.cuda.get_device_name(index) if torch.cuda.is_available() else ""
+
+
+def _slower(name: str, x: Tensor) -> str | None:
+    """Why the other one of cuda and triton is preferred on a CUDA device, None if it is not."""
+    other = "triton" if name == "cuda" else "cuda"
+    if x.device.type != "cuda" or why_not(other, x) is not None or (other == "triton" and _triton_by_name(x)):
+        return None
+    winners = _cuda_library.measured().get(_gpu_name(x.device.index))
+    winner = None if winners is None else winners.get(_cuda_library.workload(x))
+    if winner is None:
+        return "not measured on this GPU; triton is preferred" if name == "cuda" else None
+    return None if winner == name else f"measured slower than {other} on this GPU"
+
+
+def _cuda_by_name(x: Tensor) -> str | None:
+    return "runs in the emulation, only when asked for by name" if x.device.type == "cpu" else None
+
+
 def _cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}, not on the CPU"
@@ -203,8 +238,13 @@ def why_not(name: str, x: Tensor) -> str | None:
 
 
 def passed_over(name: str, x: Tensor) -> str | None:
-    """Why an automatic choice leaves a backend out: it cannot run the call on x, or must be asked for."""
-    return why_not(name, x) or (_triton_by_name(x) if name == "triton" else None)
+    """Why an automatic choice leaves a backend out: it cannot run the call on x, must be asked for by name,
+    or another one is preferred.
+    """
+    reason = why_not(name, x)
+    if reason is not None or name not in ("cuda", "triton"):
+        return reason
+    return (_cuda_by_name(x) if name == "cuda" else _triton_by_name(x)) or _slower(name, x)
 
 
 def choose(x: Tensor, name: str | None = None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import _native, backends, checks, functional, ops
+from . import _cuda, _native, backends, checks, functional, ops
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,26 @@ def explain(
     plan: dict[str, object] = {}
     if chosen == "cpu":
         plan = _native.plan(set_lengths, n, m)
+    elif chosen == "cuda":
+        layout = given[0] if given else "padded"
+        length = x.size(-2)
+        longest = length if offsets is None or max_length is None else min(max_length, length)
+        limits = _cuda.limits(x.device.index) if x.is_cuda else _cuda.ASSUMED
+        grad_weight = weight is not None and weight.requires_grad
+        sizes = (b, length, longest, m, n, dtype.itemsize)
+        call = (layout, weighting, alpha is not None, kept, x.requires_grad, grad_weight)
+        # The gradient of y is taken to be contiguous, with rows of as many features as x.
+        aligned = (
+            _cuda.in_vectors(x, dtype),
+            weight is not None and _cuda.in_vectors(weight, dtype),
+            m * dtype.itemsize % 16 == 0,
+        )
+        plan = _cuda.describe(*_cuda.plan(*sizes, *call, *aligned, *limits), grad_weight)
     elif chosen == "triton":
         planner = importlib.import_module(f"{__package__}.kernels.plan")
         bound = None if offsets is None else max_length
-        call = (x, weight, scores, alpha, lengths, mask, offsets, bound)
-        plan = planner.describe(planner.problem(*call, kept, dtype))
+        arguments = (x, weight, scores, alpha, lengths, mask, offsets, bound)
+        plan = planner.describe(planner.problem(*arguments, kept, dtype))
     return Explanation(
         backend=chosen,
         weighting=weighting,

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from . import _native, backends
+from . import _cuda, _native, backends
 from ._version import __version__
 
 LIMITS = {
@@ -28,9 +28,13 @@ ENVIRONMENT = {
     "FASTAC_DATA": "folder of the MNIST files that the demo reads",
     "XDG_CACHE_HOME": "downloads go to its folder fastac; ~/.cache unless set",
     "FASTAC_NATIVE": "when building: 0 leaves the native library out",
+    "FASTAC_CUDA": "when building: 1 builds the CUDA kernels, 0 does not; where nvcc is found, unless set",
+    "FASTAC_CUDA_ARCHS": 'when building: the GPUs they are compiled for, such as "80;90"; six, unless set',
     "FASTAC_SANITIZE": "when building: 1 adds AddressSanitizer and UndefinedBehaviorSanitizer",
     "FASTAC_BUILD_JOBS": "when building: files compiled at a time; the processors, at most 4, unless set",
     "CXX": "when building: the C++ compiler; c++, g++ or clang++, the first one found, unless set",
+    "CUDA_HOME": "when building: the CUDA toolkit; that of the nvcc on the path, unless set",
+    "NVCC_APPEND_FLAGS": "when building: more options of nvcc",
 }
 
 
@@ -71,6 +75,7 @@ def sections() -> dict[str, list[str]]:
             f"Python {platform.python_version()} on {platform.platform()}",
         ],
         "native library": _native_lines(),
+        "CUDA library": [str(_cuda.PATH) if _cuda.why_not is None else f"not available: {_cuda.why_not}"],
         **{
             f"backends for {device.upper()} tensors, best first{forced}": _backend_lines(device)
             for device in devices

@@ -253,6 +253,7 @@ def _triton(kind: str) -> Callable[..., Any]:
 
 register("cpu")
 register("triton")
+register("cuda")
 for _kind in _SCHEMAS:
     # CPU tensors are for Triton's interpreter.
     for _device in ("CUDA", "CPU"):

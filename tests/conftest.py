@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
+import interpreter
 import pytest
 import torch
-from helpers import BACKENDS, ISA_NAMES, KERNELS, NATIVE, TRITON, Backend
+from tested_backends import BACKENDS, CUDA, ISA_NAMES, KERNELS, NATIVE, PORTABLE, TRITON, Backend
 
-from fastac import _native
+from fastac import _native, backends
 
 hypothesis.settings.register_profile(
     "ci",
@@ -34,6 +36,24 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: takes long; run by `make full`")
     config.addinivalue_line("markers", "unguarded: the native allocations are left as users get them")
+    gpu = Path(__file__).resolve().parent / "gpu"
+    chosen = [(config.invocation_params.dir / arg.split("::")[0]).resolve() for arg in config.args]
+    if TRITON and not all(gpu == path or gpu in path.parents for path in chosen):
+        interpreter.install()  # tests/gpu alone has Triton's kernels compiled
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Only half types have kernels for clusters: with others, a GPU without them is the same test again."""
+
+    def repeats(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        again = any(isinstance(p, Backend) and p in PORTABLE for p in parameters.values())
+        return again and parameters.get("dtype") in (torch.float32, torch.float64)
+
+    dropped = [item for item in items if repeats(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not repeats(item)]
 
 
 def pytest_report_header() -> list[str]:
@@ -44,11 +64,16 @@ def pytest_report_header() -> list[str]:
         native = f"MISSING, its tests will fail: {_native.why_not}"
     else:
         native = "left out by FASTAC_NATIVE=0, its tests do not run"
-    triton = "in its interpreter" if TRITON else "not installed, its tests do not run"
+    if not TRITON:
+        triton = "not installed, its tests do not run"
+    else:
+        triton = "in its interpreter" if backends.interpreting() else "compiled"
+    emulation = "emulated" if CUDA else "left out by FASTAC_NATIVE=0, their tests do not run"
     return [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads",
         f"native kernels: {native}",
         f"triton kernels: {triton}",
+        f"CUDA C++ kernels: {emulation}",
     ]
 
 
@@ -72,6 +97,20 @@ def native(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield active
 
 
+@pytest.fixture(params=[*NATIVE, *CUDA, *PORTABLE], ids=str)
+def cpp(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend in C++: for what only their operators check, allocate or save."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
+@pytest.fixture(params=[*NATIVE[-1:], *CUDA], ids=str)
+def each_cpp(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The same, the native one with the widest instruction set only: for what lies above the kernels."""
+    with request.param.active(guarded="unguarded" not in request.keywords) as active:
+        yield active
+
+
 @pytest.fixture(params=[BACKENDS[0], *KERNELS], ids=str)
 def each_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend, the native one with the widest instruction set only: for what lies above the kernels."""
@@ -79,7 +118,7 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield active
 
 
-@pytest.fixture(params=[BACKENDS[0], *NATIVE[-1:]], ids=str)
+@pytest.fixture(params=[BACKENDS[0], *NATIVE[-1:], *CUDA], ids=str)
 def quick_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend but the interpreted one, which has fewer cases of its own beside such a test."""
     with request.param.active(guarded="unguarded" not in request.keywords) as active:

@@ -1,4 +1,4 @@
-"""What the operator tests share: cases, peers, the error bound, and the list of backends.
+"""What the operator tests share: cases, peers, and the error bound.
 
 A case is a set of operands. It is computed four times: by the backend under test, by `fastac.reference` in
 float64 (the truth), by `plain` in the dtype of the case, and by `plain` in float32 with every result rounded
@@ -7,21 +7,14 @@ to that dtype. `check` bounds the error of the first by the errors of the last t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
-import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import interpreter
 import torch
 from torch import Tensor
 
-import fastac
 import fastac.reference
-from fastac import _native
 
 FLOATS = ("x", "weight", "scores", "position_bias", "alpha", "beta")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +22,6 @@ HALF = (torch.bfloat16, torch.float16)
 WEIGHTINGS = ("fc1", "position_bias", "average", "scores")
 LAYOUTS = ("padded", "lengths", "mask", "packed")
 FEATURES = ("plain", "relu", "log_softmax", "offset", "cancel")
-ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 RATIO = 2.0
 """How many times a peer's error ours may be."""
@@ -119,9 +111,11 @@ def make_lengths(B: int, L: int, *, empty: bool = True) -> Tensor:
 
 DEFAULT_SIZES = {"B": 5, "L": 23, "M": 67, "N": 11}
 INTERPRETED_SIZES = {"B": 3, "L": 11, "M": 29, "N": 5}
-"""Sizes of a case that gives none: for most backends, and for Triton's interpreter, which is slow."""
+CLUSTER_SIZES = {"B": 5, "L": 23, "M": 72, "N": 11}
+"""Sizes of a case that gives none: for most backends, for Triton's interpreter, which is slow, and where the
+cluster kernels of csrc/cuda are emulated, which take multiples of 8 features only."""
 
-_sizes = dict(DEFAULT_SIZES)
+sizes_in_use = dict(DEFAULT_SIZES)
 
 
 def make_case(
@@ -139,10 +133,10 @@ def make_case(
 ) -> Case:
     """A random case. "cancel" features come with β = -α·offset, so that u is far smaller than α·z.
 
-    A size that is not given is that of `DEFAULT_SIZES`, or of `INTERPRETED_SIZES` while Triton's is active.
+    A size that is not given is that of `DEFAULT_SIZES`, or of what the active backend has instead.
     """
     given = zip("BLMN", (B, L, M, N), strict=True)
-    B, L, M, N = (_sizes[name] if size is None else size for name, size in given)
+    B, L, M, N = (sizes_in_use[name] if size is None else size for name, size in given)
     x = make_features(features, B, L, M, dtype)
     case = Case(x)
     if weighting in ("fc1", "position_bias"):
@@ -185,6 +179,13 @@ def pack(case: Case, lengths: Tensor, trailing: int = 0) -> Case:
         scores = torch.cat([scores.transpose(1, 2)[keep].T, noise], 1)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     return case.replace(x=x, scores=scores, offsets=offsets, lengths=None, mask=None)
+
+
+def fenced(t: Tensor) -> Tensor:
+    """The same numbers in the middle of a tensor of NaN."""
+    whole = torch.full((t.numel() + 2 * 4096,), float("nan"), dtype=t.dtype)
+    whole[4096:-4096] = t.flatten()
+    return whole[4096:-4096].view(t.shape)
 
 
 # The plain torch peer
@@ -254,10 +255,11 @@ def plain(case: Case) -> Tensor:
 
 def truth(case: Case) -> Tensor:
     """y (B, N, M) by fastac.reference."""
-    return _dispatch(fastac.reference.attention_cluster, fastac.reference.attention_pool, case)
+    return dispatch(fastac.reference.attention_cluster, fastac.reference.attention_pool, case)
 
 
-def _dispatch(cluster: Callable[..., Tensor], pool: Callable[..., Tensor], case: Case, **more: Any) -> Tensor:
+def dispatch(cluster: Callable[..., Tensor], pool: Callable[..., Tensor], case: Case, **more: Any) -> Tensor:
+    """y by one of the two public functions, or of functions with their signatures."""
     rest = {name: getattr(case, name) for name in ("lengths", "mask", "offsets", "eps")} | more
     if case.scores is not None:
         return pool(case.x, case.scores, case.alpha, case.beta, **rest)
@@ -369,6 +371,26 @@ def rounding_noise(case: Case, dy: Tensor | None, exact: Results) -> Results:
         both = torch.stack([direct, through_beta]) - exact["dalpha"]
         noise["dalpha"] = noise["dalpha"] + both.abs().amax(0)
     return noise
+
+
+def rounded_y_noise(case: Case, dy: Tensor) -> Results:
+    """What half types lose in each gradient where the backward takes û from y as it was rounded, in float64.
+
+    Kernels of the Gram form take it from u, which they have unrounded.
+    """
+    dtype, case = case.x.dtype, case.to(torch.float64)
+    if case.alpha is None or dtype not in HALF:
+        return {}
+
+    def projected(c: Case, rounded: bool) -> Tensor:
+        """A y whose gradient is that of plain_parts' for this û."""
+        *_, u, norm, y = (t.detach() if i > 2 else t for i, t in enumerate(plain_parts(c)))
+        unit = (y.to(dtype).double() if rounded else y) * c.cluster_size**0.5
+        away = torch.where(norm > c.eps, unit * (unit * u).sum(-1, keepdim=True), 0)
+        return (u - away) / (norm * c.cluster_size**0.5)
+
+    exact, lossy = (run(lambda c, r=r: projected(c, r), case, dy.double()) for r in (False, True))
+    return {name: (lossy[name] - t).abs() for name, t in exact.items() if name != "y"}
 
 
 def sum_sizes(case: Case, dy: Tensor) -> Results:
@@ -507,12 +529,17 @@ def assert_equal(ours: Results, others: Results, what: str = "") -> None:
 
 
 def assert_near(
-    ours: Results, others: Results, dtype: torch.dtype, eps: float = 8.0, terms: Results | None = None
+    ours: Results,
+    others: Results,
+    dtype: torch.dtype,
+    eps: float = 8.0,
+    terms: Results | None = None,
+    noise: Results | None = None,
 ) -> None:
     """Equality up to `eps` machine epsilons of `dtype`, relative to the largest value of each result.
 
     With `terms` (see `term_sizes`) two orders of summation are allowed for: `eps` epsilons of the accumulated
-    type, relative to the terms, on top.
+    type, relative to the terms, on top; and so is `NOISE` times `noise`.
     """
     assert ours.keys() == others.keys()
     acc = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -521,116 +548,5 @@ def assert_near(
         error = _largest(t.double() - others[name].double())
         bound = eps * torch.finfo(dtype).eps * _largest(others[name])
         bound += eps * acc * _largest(terms[name]) if terms else 0.0
+        bound += NOISE * _largest(noise[name]) if noise and name in noise else 0.0
         assert error <= bound, f"{name} differs by {error:.3g} > {bound:.3g}"
-
-
-# Backends
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """A backend under test, and for `cpu` the instruction set it is forced to (an index of `ISA_NAMES`)."""
-
-    name: str
-    isa: int | None = None
-
-    def __str__(self) -> str:
-        return self.name if self.isa is None else f"{self.name}-{ISA_NAMES[self.isa]}"
-
-    @property
-    def interpreted(self) -> bool:
-        """Whether the kernels run in Triton's interpreter: loops over combinations are then cut short."""
-        return self.name == "triton"
-
-    def affordable(self, B: int, L: int, M: int, N: int) -> tuple[int, int, int, int]:
-        """These sizes, or in the interpreter smaller ones with the same edges."""
-        if not self.interpreted:
-            return B, L, M, N
-        smaller = {
-            (1, 1000, 48, 129): (1, 20, 17, 129),
-            (1, 300, 129, 33): (1, 300, 37, 3),
-            (40, 3, 17, 4): (9, 3, 17, 4),
-        }
-        return smaller.get((B, L, M, N), (B, L, min(M, 521), N))
-
-    def __call__(self, case: Case) -> Tensor:
-        """y (B, N, M) by this backend through the public functions."""
-        return _dispatch(fastac.attention_cluster, fastac.attention_pool, case, backend=self.name)
-
-    @contextlib.contextmanager
-    def active(self, *, guarded: bool = True) -> Iterator[Backend]:
-        """Force the instruction set; poison and guard what the kernels allocate; assert no guard was hit."""
-        if self.interpreted:
-            _sizes.update(INTERPRETED_SIZES)
-            try:
-                with _guarded_triton() if guarded else contextlib.nullcontext():
-                    yield self
-            finally:
-                _sizes.update(DEFAULT_SIZES)
-            return
-        if self.name != "cpu":
-            yield self
-            return
-        if self.isa is None:
-            raise AssertionError(f"the native kernels are not there: {_native.why_not}")
-        before = torch.ops.fastac.cpu_set_isa(self.isa)
-        torch.ops.fastac.cpu_guard(guarded)
-        try:
-            yield self
-            damaged = torch.ops.fastac.cpu_guard(False)
-            assert damaged == 0, f"{damaged} elements outside the outputs were written"
-        finally:
-            torch.ops.fastac.cpu_guard(False)
-            torch.ops.fastac.cpu_set_isa(before)
-
-
-GUARD = 64
-"""Elements before and behind everything that the Triton backend allocates in a guarded test."""
-
-
-@contextlib.contextmanager
-def _guarded_triton() -> Iterator[None]:
-    """Fill what the Triton backend allocates with NaN, within guard bands that must stay as they are."""
-    from fastac.kernels import launch
-
-    bands: list[Tensor] = []
-
-    def empty(call: launch.Call, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or call.acc
-        numel = math.prod(shape)
-        whole = torch.empty(numel + 2 * GUARD, dtype=dtype).fill_(
-            float("nan") if dtype.is_floating_point else -7
-        )
-        bands.extend((whole[:GUARD], whole[GUARD + numel :]))
-        return whole[GUARD : GUARD + numel].view(shape)
-
-    original, launch.Call.empty = launch.Call.empty, empty  # type: ignore[method-assign]
-    try:
-        yield
-        damaged = sum(int((b != -7).sum() if b.dtype == torch.int32 else (~b.isnan()).sum()) for b in bands)
-        assert damaged == 0, f"{damaged} elements outside the outputs were written"
-    finally:
-        launch.Call.empty = original  # type: ignore[method-assign]
-
-
-def _native_backends() -> list[Backend]:
-    if _native.available:
-        supported = torch.ops.fastac.cpu_supported_isas()
-        return [Backend("cpu", isa) for isa in range(len(ISA_NAMES)) if supported >> isa & 1]
-    if os.environ.get("FASTAC_NATIVE") == "0":
-        return []
-    return [Backend("cpu")]  # fails with the reason
-
-
-NATIVE = _native_backends()
-"""The native backend under each instruction set of this processor; empty only if FASTAC_NATIVE=0."""
-# The Triton backend, in Triton's interpreter; not there only if triton is not installed.
-if importlib.util.find_spec("triton") is not None:
-    interpreter.install()
-    TRITON = [Backend("triton")]
-else:
-    TRITON = []
-BACKENDS = [Backend("reference"), *NATIVE, *TRITON]
-"""Every backend the operator tests run on. A new one joins here."""
-KERNELS = [*NATIVE[-1:], *TRITON]
-"""Every backend with kernels, the native one with the widest instruction set only."""

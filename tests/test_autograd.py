@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LAYOUTS, WEIGHTINGS, Backend, Case, assert_equal, make_case, run
+from helpers import LAYOUTS, WEIGHTINGS, Case, assert_equal, make_case, run
+from tested_backends import Backend
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastac
+from fastac import ops
 
 SHIFT = pytest.mark.parametrize("shift", [True, False], ids=["shift", "plain"])
 SMALL = {"B": 3, "L": 4, "M": 5, "N": 2, "dtype": torch.float64, "empty": True}
@@ -139,6 +141,10 @@ def operator_arguments(case: Case) -> tuple[Any, ...]:
     return (*floats, case.lengths, case.mask, case.offsets, case.eps)
 
 
+def operators(backend: Backend) -> list[Callable[..., Any]]:
+    return [ops.operator(backend.name, kind) for kind in ("inference", "forward", "backward")]
+
+
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -146,51 +152,45 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @SHIFT
-def test_opcheck(widest: Backend, weighting: str, layout: str, shift: bool) -> None:
+def test_opcheck(each_cpp: Backend, weighting: str, layout: str, shift: bool) -> None:
     case = make_case(
         B=3, L=7, M=41, N=2, weighting=weighting, layout=layout, shift=shift, dtype=torch.float64
     )
-    ops = torch.ops.fastac
+    inference, forward, backward = operators(each_cpp)
     args = operator_arguments(case)
     leaves = case.replace(**{n: t.clone().requires_grad_() for n, t in case.floats().items()})
     # With a bound of the lengths, and without where the argument is left to its default.
     bound = (7,) if layout == "packed" else ()
-    torch.library.opcheck(ops.cpu_inference.default, (*args, *bound), test_utils=OPCHECKS)
-    for save in (True, False) if layout == "padded" else (True,):
-        torch.library.opcheck(
-            ops.cpu_forward.default, (*operator_arguments(leaves), save, *bound), test_utils=OPCHECKS
-        )
-        saved = ops.cpu_forward(*args, save)
+    torch.library.opcheck(inference, (*args, *bound), test_utils=OPCHECKS)
+    # The scores of excluded positions are not written, so they are kept where there are none.
+    for save in (True, False) if layout == "padded" else (False,):
+        torch.library.opcheck(forward, (*operator_arguments(leaves), save, *bound), test_utils=OPCHECKS)
+        saved = forward(*args, save)
         needs = sum(1 << i for i, t in enumerate(args[:6]) if t is not None)
         for mask in (needs, needs & ~1, 0) if layout == "padded" else (needs,):
-            torch.library.opcheck(
-                ops.cpu_backward.default, (case.dy(), *args, *saved, mask, *bound), test_utils=OPCHECKS
-            )
+            torch.library.opcheck(backward, (case.dy(), *args, *saved, mask, *bound), test_utils=OPCHECKS)
 
 
 @pytest.mark.unguarded
-@pytest.mark.usefixtures("widest")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_opcheck_of_other_dtypes(dtype: torch.dtype) -> None:
+def test_opcheck_of_other_dtypes(each_cpp: Backend, dtype: torch.dtype) -> None:
     """The fake kernels know the dtypes: y as x, the statistics accumulated, each gradient as its operand."""
+    inference, forward, backward = operators(each_cpp)
     for weighting in WEIGHTINGS:
         case = make_case(B=2, L=3, M=64, N=1, weighting=weighting, dtype=dtype)
         args = operator_arguments(case)
         checks = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.fastac.cpu_inference.default, args, test_utils=checks)
-        torch.library.opcheck(torch.ops.fastac.cpu_forward.default, (*args, True), test_utils=checks)
-        saved = torch.ops.fastac.cpu_forward(*args, True)
+        torch.library.opcheck(inference, args, test_utils=checks)
+        torch.library.opcheck(forward, (*args, True), test_utils=checks)
+        saved = forward(*args, True)
         needs = sum(1 << i for i, t in enumerate(args[:6]) if t is not None)
-        torch.library.opcheck(
-            torch.ops.fastac.cpu_backward.default, (case.dy(), *args, *saved, needs), test_utils=checks
-        )
+        torch.library.opcheck(backward, (case.dy(), *args, *saved, needs), test_utils=checks)
 
 
-@pytest.mark.usefixtures("widest")
-def test_inference_has_no_autograd_kernel() -> None:
+def test_inference_has_no_autograd_kernel(each_cpp: Backend) -> None:
     """What lets a call without gradients skip autograd's cost."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    found = {k: has(f"fastac::cpu_{k}", "Autograd") for k in ("inference", "forward", "backward")}
+    found = {k: has(f"fastac::{each_cpp.name}_{k}", "Autograd") for k in ("inference", "forward", "backward")}
     assert found == {"inference": False, "forward": True, "backward": True}
 
 
@@ -200,23 +200,24 @@ def called_operators(function: Callable[[], object]) -> list[str]:
     return [e.name.removeprefix("fastac::") for e in profile.events() if e.name.startswith("fastac::")]
 
 
-def test_which_operator_runs(widest: Backend) -> None:
-    """cpu_inference if nothing needs a gradient, else cpu_forward and cpu_backward, and nothing twice."""
+def test_which_operator_runs(each_cpp: Backend) -> None:
+    """Inference if nothing needs a gradient, else forward and backward, and nothing twice."""
+    inference, forward, backward = (f"{each_cpp.name}_{k}" for k in ("inference", "forward", "backward"))
     case = make_case()
     leaves = case.replace(**{n: t.clone().requires_grad_() for n, t in case.floats().items()})
-    assert called_operators(lambda: widest(case)) == ["cpu_inference"]
+    assert called_operators(lambda: each_cpp(case)) == [inference]
 
     def without_grad() -> None:
         with torch.no_grad():
-            widest(leaves)
+            each_cpp(leaves)
 
     def in_inference_mode() -> None:
         with torch.inference_mode():
-            widest(leaves)
+            each_cpp(leaves)
 
-    assert called_operators(without_grad) == ["cpu_inference"]
-    assert called_operators(in_inference_mode) == ["cpu_inference"]
-    assert called_operators(lambda: widest(leaves).sum().backward()) == ["cpu_forward", "cpu_backward"]
+    assert called_operators(without_grad) == [inference]
+    assert called_operators(in_inference_mode) == [inference]
+    assert called_operators(lambda: each_cpp(leaves).sum().backward()) == [forward, backward]
 
 
 def test_the_result_needs_a_gradient_only_if_an_operand_does(each_backend: Backend) -> None:
@@ -229,27 +230,27 @@ def test_the_result_needs_a_gradient_only_if_an_operand_does(each_backend: Backe
             assert not each_backend(case.replace(**{name: t.clone().requires_grad_()})).requires_grad
 
 
-def test_only_wanted_gradients_are_asked_for(widest: Backend) -> None:
+def test_only_wanted_gradients_are_asked_for(each_cpp: Backend) -> None:
     """Each operand's own requires_grad decides its bit of `needs`."""
     for weighting, layout in itertools.product(WEIGHTINGS, ("padded", "packed")):
         case = make_case(weighting=weighting, layout=layout)
         order = ("x", "weight", "scores", "position_bias", "alpha", "beta")
         for name in case.floats():
             leaf = getattr(case, name).clone().requires_grad_()
-            y = widest(case.replace(**{name: leaf}))
-            with Recorder() as recorder:
+            y = each_cpp(case.replace(**{name: leaf}))
+            with Recorder(each_cpp) as recorder:
                 y.backward(case.dy())
             assert recorder.needs == [1 << order.index(name)], (weighting, name)
             assert leaf.grad is not None and leaf.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_max_length_reaches_every_operator(widest: Backend, layout: str) -> None:
+def test_max_length_reaches_every_operator(each_cpp: Backend, layout: str) -> None:
     """The bound of a packed call goes to inference, forward and backward; a padded call has L."""
     case = make_case(layout=layout)
     x = case.x.clone().requires_grad_()
     arguments = (case.weight, case.alpha, case.beta)
-    options = {"offsets": case.offsets, "max_length": 40, "backend": widest.name}
+    options = {"offsets": case.offsets, "max_length": 40, "backend": each_cpp.name}
     found = []
 
     class Bounds(torch.utils._python_dispatch.TorchDispatchMode):
@@ -266,14 +267,15 @@ def test_max_length_reaches_every_operator(widest: Backend, layout: str) -> None
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the `needs` of every call of cpu_backward."""
+    """Notes the `needs` of every call of a backend's backward operator."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
         super().__init__()
+        self.backward = ops.operator(backend.name, "backward")
         self.needs: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.fastac.cpu_backward.default:
+        if func is self.backward:
             self.needs.append(args[14] if "needs" not in (kwargs or {}) else kwargs["needs"])
         return func(*args, **(kwargs or {}))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastac
-from fastac import _native, backends, info
+from fastac import _cuda, _native, backends, info
 from fastac.__main__ import main
 from fastac.kernels import plan
 
@@ -28,6 +28,9 @@ AUTOMATIC = "cpu" if _native.available else "reference"
 
 @pytest.fixture(autouse=True)
 def unforced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backend is forced, and there is no CUDA library, whatever other tests have loaded."""
+    monkeypatch.setattr(_cuda, "why_not", "not built for this test")
+    monkeypatch.setattr(backends, "_emulated", lambda: False)
     monkeypatch.setattr(backends, "current", None)
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -93,7 +96,7 @@ def test_unknown_name_lists_the_known(name: str) -> None:
 
 
 def test_asked_for_and_not_built() -> None:
-    with pytest.raises(ValueError, match="backend 'cuda' cannot run this call: not built"):
+    with pytest.raises(ValueError, match="backend 'cuda' cannot run this call: not built for this test"):
         fastac.attention_cluster(X, W, backend="cuda")
     with fastac.backend("cuda"), pytest.raises(ValueError, match="not built"):
         fastac.attention_cluster(X, W)
@@ -207,6 +210,82 @@ def test_automatic_choice_on_a_gpu(
     assert backends.choose(x) == "reference"
     assert backends.choose(x, "triton") == "triton"
     assert "compiled for AMD GPUs but never run on one" in str(backends.passed_over("triton", x))
+
+
+@pytest.mark.usefixtures("triton")
+def test_between_cuda_and_triton_measurements_decide(
+    gpu: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = gpu
+    long, packed = torch.empty(2, 65, 64, device="cuda"), torch.empty(5, 64, device="cuda")
+    assert backends.passed_over("cuda", x) == "not built for this test"
+    monkeypatch.setattr(_cuda, "why_not", None)
+    monkeypatch.setattr(backends, "_gpu_name", lambda index: "Some GPU")
+    unmeasured = "not measured on this GPU; triton is preferred"
+    assert backends.why_not("cuda", x) is None
+    assert (backends.choose(x), backends.choose(x, "cuda")) == ("triton", "cuda")
+    assert backends.passed_over("cuda", x) == unmeasured
+    assert fastac.explain(x, weight).reasons["cuda"] == unmeasured
+
+    table = {"Some GPU": {"32-bit short": "cuda", "32-bit packed": "triton"}, "Another GPU": {}}
+    monkeypatch.setattr(_cuda, "measured", lambda: table)
+    assert backends.choose(x) == "cuda"
+    assert backends.passed_over("triton", x) == "measured slower than cuda on this GPU"
+    assert backends.choose(packed) == "triton"
+    assert backends.passed_over("cuda", packed) == "measured slower than triton on this GPU"
+    for other in (long, torch.empty_like(x, dtype=torch.bfloat16)):
+        assert backends.choose(other) == "triton"
+        assert backends.passed_over("cuda", other) == unmeasured
+    assert backends.choose(packed, "cuda") == "cuda"
+    monkeypatch.setattr(backends, "_gpu_name", lambda index: "Another GPU")
+    assert backends.choose(x) == "triton"
+
+    # With one of them alone there is nothing to compare.
+    monkeypatch.setattr(backends, "triton_version", lambda: None)
+    assert [backends.choose(t) for t in (x, long, packed)] == ["cuda"] * 3
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
+    assert "capability 8.0 or later" in str(backends.why_not("cuda", x))
+    assert backends.choose(x) == "reference"
+
+
+def test_classes_of_measured_winners() -> None:
+    found = {
+        (2, 64, 8): "32-bit short",
+        (2, 65, 8): "32-bit long",
+        (9, 8): "32-bit packed",
+    }
+    assert {shape: _cuda.workload(torch.empty(shape)) for shape in found} == found
+    assert _cuda.workload(torch.empty(2, 3, 8, dtype=torch.float64)) == "64-bit short"
+    for classes in _cuda.measured().values():
+        for name, winner in classes.items():
+            assert re.fullmatch(r"(16|32|64)-bit (short|long|packed)", name)
+            assert winner in ("cuda", "triton")
+
+
+def test_cuda_is_for_cuda_devices_and_emulated_where_a_test_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "why_not", None)
+    assert backends.why_not("cuda", X) == "x is on cpu, not on a CUDA device"
+    monkeypatch.setattr(_cuda, "why_not", "not built for this test")
+    monkeypatch.setattr(backends, "_emulated", lambda: True)
+    assert backends.why_not("cuda", X) is None
+    assert backends.passed_over("cuda", X) == "runs in the emulation, only when asked for by name"
+    assert backends.choose(X) == AUTOMATIC
+    assert backends.why_not("cuda", X.to("meta")) == "not built for this test"
+
+
+def test_why_the_cuda_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "_C_cuda.abi3.so"
+    monkeypatch.setattr(_cuda, "PATH", library)
+    assert str(_cuda._load()).startswith("not built (FASTAC_CUDA=0, or no nvcc was found")
+    library.write_text("no library")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _cuda._load() == f"torch {torch.__version__} has no CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_native, "available", False)
+    monkeypatch.setattr(_native, "why_not", "taken away by this test")
+    assert _cuda._load() == "needs the native library: taken away by this test"
+    monkeypatch.setattr(_native, "available", True)
+    assert str(_cuda._load()).startswith("the CUDA library _C_cuda.abi3.so does not load: ")
 
 
 @pytest.mark.usefixtures("triton")
@@ -397,7 +476,7 @@ def test_explain_prints_every_part() -> None:
         text = str(fastac.explain(X, W))
     for part in ("backend    reference", "fc1, padded", "B = 2, 10 positions, M = 64, N = 3", "FLOP"):
         assert part in text
-    assert "not cuda   not built" in text
+    assert "not cuda   not built for this test" in text
     assert "not cpu" in text
 
 
@@ -422,7 +501,8 @@ def test_info_lists_everything(capsys: pytest.CaptureFixture[str]) -> None:
     for part in (
         fastac.__version__,
         torch.__version__,
-        "cuda: not built",
+        "CUDA library:\n  not available: not built for this test",
+        "cuda: not built for this test",
         "triton: ",
         f"triton {backends.triton_version() or 'is not installed'}",
         f"numpy {version('numpy')}",

@@ -12,7 +12,6 @@ from helpers import (
     HALF,
     LAYOUTS,
     WEIGHTINGS,
-    Backend,
     Case,
     assert_equal,
     assert_near,
@@ -22,6 +21,9 @@ from helpers import (
     term_sizes,
     truth,
 )
+from tested_backends import Backend
+
+from fastac import ops
 
 IDS = {"ids": lambda v: str(v).removeprefix("torch.")}
 SHIFT = pytest.mark.parametrize("shift", [True, False], ids=["shift", "plain"])
@@ -93,12 +95,12 @@ def test_centred_frames(backend: Backend, dtype: torch.dtype) -> None:
     assert error < 50 * torch.finfo(dtype).eps
 
 
-def test_offset_features_keep_dweight(native: Backend) -> None:
+def test_offset_features_keep_dweight(cpp: Backend) -> None:
     """Features 5 ± 1e-3 in float32: Σ dS·x cancels, Σ dS·(x - μ) does not."""
     case = make_case(B=4, L=25, M=192, N=16, features="offset")
     dy = case.dy()
     exact = run(truth, case.to(torch.float64), dy.double())["dweight"]
-    error = (run(native, case, dy)["dweight"].double() - exact).norm() / exact.norm()
+    error = (run(cpp, case, dy)["dweight"].double() - exact).norm() / exact.norm()
     assert error < 1e-4
 
 
@@ -194,18 +196,18 @@ def test_frozen_features(backend: Backend, dtype: torch.dtype, features: str) ->
     assert set(results) == {"y", "dweight", "dalpha", "dbeta"}
 
 
-def test_the_backward_operator_computes_what_is_asked_for_only(native: Backend) -> None:
+def test_the_backward_operator_computes_what_is_asked_for_only(cpp: Backend) -> None:
     """`needs` has one bit per operand; the other gradients come back with shape (0,)."""
     for weighting, layout in itertools.product(WEIGHTINGS, LAYOUTS):
         case = make_case(weighting=weighting, layout=layout)
         args = (case.x, case.weight, case.scores, case.position_bias, case.alpha, case.beta)
         args += (case.lengths, case.mask, case.offsets, case.eps)
-        saved = torch.ops.fastac.cpu_forward(*args, True)
+        saved = ops.operator(cpp.name, "forward")(*args, True)
         dy = case.dy()
-        everything = run(native, case, dy)
+        everything = run(cpp, case, dy)
         given = sum(1 << i for i, t in enumerate(args[:6]) if t is not None)
         for needs in (0, 1, given, given & ~1, *(1 << i for i in range(6) if given >> i & 1)):
-            grads = torch.ops.fastac.cpu_backward(dy, *args, *saved, needs)
+            grads = ops.operator(cpp.name, "backward")(dy, *args, *saved, needs)
             for i, name in enumerate(("dx", "dweight", "dscores", "dposition_bias", "dalpha", "dbeta")):
                 if needs >> i & 1:
                     assert_near({name: grads[i]}, {name: everything[name]}, torch.float32, eps=4)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from helpers import LAYOUTS, WEIGHTINGS, Backend, Case, assert_near, make_case, run
+from helpers import LAYOUTS, WEIGHTINGS, Case, assert_near, make_case, run
+from tested_backends import Backend
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -54,7 +55,7 @@ def test_other_dtypes(each_backend: Backend, dtype: torch.dtype) -> None:
     case = make_case(dtype=dtype)
     dy = case.dy()
     fast = compiled(each_backend, case, backend="aot_eager")
-    eps = 8 if each_backend.name == "cpu" else 64  # a decomposed reference may round in other places
+    eps = 64 if each_backend.name == "reference" else 8  # a decomposed reference may round in other places
     assert_near(run(fast, case, dy), run(each_backend, case, dy), dtype, eps=eps)
 
 
@@ -66,18 +67,19 @@ def test_frozen_features(each_backend: Backend) -> None:
     assert_near(run(fast, case, dy, wanted), run(each_backend, case, dy, wanted), torch.float32)
 
 
-def test_inductor(widest: Backend) -> None:
+def test_inductor(each_cpp: Backend) -> None:
     """The default backend, with work around the operator to fuse and a dynamic L."""
-    direction = torch.randn(11, 67)
+    case = make_case()
+    B, _, M = case.x.shape
+    direction = torch.randn(case.cluster_size, M)
 
     def model(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        y = widest(Case(x.relu() + 1, weight, alpha=alpha, beta=beta))
+        y = each_cpp(Case(x.relu() + 1, weight, alpha=alpha, beta=beta))
         return (y * 2).sin() * direction
 
-    case = make_case()
     fast = torch.compile(model, fullgraph=True, dynamic=True)
     for L in (23, 40):
-        other = case.replace(x=torch.randn(5, L, 67))
+        other = case.replace(x=torch.randn(B, L, M))
         leaves = [t.clone().requires_grad_() for t in (other.x, other.weight, other.alpha, other.beta)]  # type: ignore[union-attr]
         results = []
         for call in (fast, model):
@@ -124,11 +126,11 @@ def test_dynamic_from_the_start(each_backend: Backend) -> None:
     assert 1 <= counter.frame_count <= 2
 
 
-def test_double_backward_raises(widest: Backend) -> None:
+def test_double_backward_raises(each_cpp: Backend) -> None:
     """Never zeros in silence: a second derivative of a compiled graph is refused."""
     case = make_case(dtype=torch.float64)
     leaf = case.x.clone().requires_grad_()
-    y = compiled(widest, case, backend="aot_eager")(case.replace(x=leaf))
+    y = compiled(each_cpp, case, backend="aot_eager")(case.replace(x=leaf))
     (dx,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(dx.square().sum(), leaf)
@@ -148,15 +150,18 @@ def test_autocast_inside_the_graph(each_backend: Backend) -> None:
     assert_near(found, run(call, case, dy), torch.bfloat16)
 
 
-# The triton backend on fake tensors: everything above its kernels, on a machine without a GPU
+# The backends of a GPU on fake tensors: everything above their kernels, on a machine without one
 
 
-@pytest.fixture
-def triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The triton backend can run every call: fake tensors launch nothing."""
+@pytest.fixture(params=["triton", "cuda"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The one of the GPU's backends that can run every call: fake tensors launch nothing."""
+    chosen: str = request.param
     monkeypatch.setattr(backends, "current", None)
-    monkeypatch.setitem(backends.PREDICATES, "triton", lambda x: None)
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(backends.PREDICATES, name, lambda x, name=name: None if name == chosen else "no")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    return chosen
 
 
 class Graphs:
@@ -194,33 +199,32 @@ def automatic(case: Case, max_length: int | None = None) -> Tensor:
     return fastac.attention_cluster(case.x, case.weight, case.alpha, case.beta, **rest)
 
 
-@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_one_graph_on_fake_cuda_tensors(weighting: str, layout: str) -> None:
-    """Inference on a CUDA device: triton is chosen without being named, in one graph."""
+def test_one_graph_on_fake_cuda_tensors(gpu: str, weighting: str, layout: str) -> None:
+    """Inference on a CUDA device: the backend is chosen without being named, in one graph."""
     case, graphs = make_case(weighting=weighting, layout=layout), Graphs()
     with FakeTensorMode():
         case = on("cuda", case)
         y = compiled(automatic, case, backend=graphs.backend)(case)
     assert (y.device.type, y.shape) == ("cuda", (5, case.cluster_size, 67))
-    assert graphs.forward == [["fastac::triton_forward"]]
+    assert graphs.forward == [[f"fastac::{gpu}_forward"]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_the_operators_on_fake_cuda_tensors(weighting: str, layout: str) -> None:
+def test_the_operators_on_fake_cuda_tensors(gpu: str, weighting: str, layout: str) -> None:
     """Shapes, dtypes and devices of what the three operators return, with the gradient of x and without."""
     case = make_case(weighting=weighting, layout=layout, dtype=torch.bfloat16)
     with FakeTensorMode():
         case = on("cuda", case)
         floats = (case.x, case.weight, case.scores, case.position_bias, case.alpha, case.beta)
         arguments = (*floats, case.lengths, case.mask, case.offsets, case.eps)
-        y, stats, saved = ops.operator("triton", "forward")(*arguments, True)
-        again = ops.operator("triton", "inference")(*arguments)
+        y, stats, saved = ops.operator(gpu, "forward")(*arguments, True)
+        again = ops.operator(gpu, "inference")(*arguments)
         needs = sum(1 << i for i, t in enumerate(floats) if t is not None)
         for asked in (needs, needs & ~1):
-            gradients = ops.operator("triton", "backward")(y, *arguments, y, stats, saved, asked)
+            gradients = ops.operator(gpu, "backward")(y, *arguments, y, stats, saved, asked)
             for i, (t, gradient) in enumerate(zip(floats, gradients, strict=True)):
                 shape = t.shape if t is not None and asked >> i & 1 else (0,)
                 assert (gradient.shape, gradient.dtype) == (shape, torch.bfloat16)
@@ -233,26 +237,25 @@ def test_the_operators_on_fake_cuda_tensors(weighting: str, layout: str) -> None
     assert {t.device.type for t in (y, again, stats, saved)} == {"cuda"}
 
 
-@pytest.mark.usefixtures("triton_runs")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_training_in_one_graph_of_fake_tensors(weighting: str, layout: str) -> None:
-    """Forward and backward of the triton backend are one operator each.
+def test_training_in_one_graph_of_fake_tensors(gpu: str, weighting: str, layout: str) -> None:
+    """Forward and backward are one operator each.
 
     On CPU tensors: a CPU build of torch aborts where autograd meets a CUDA tensor, a fake one included.
     """
     case, graphs = make_case(weighting=weighting, layout=layout), Graphs()
     with FakeTensorMode():
         case = on("cpu", case)
-        fast = compiled(Backend("triton"), case, backend=graphs.backend)
+        fast = compiled(Backend(gpu), case, backend=graphs.backend)
         results = run(fast, case, torch.empty(5, case.cluster_size, 67))
     for name, t in case.floats().items():
         assert results[f"d{name}"].shape == t.shape
-    assert graphs.forward == [["fastac::triton_forward"]]
-    assert graphs.backward == [["fastac::triton_backward"]]
+    assert graphs.forward == [[f"fastac::{gpu}_forward"]]
+    assert graphs.backward == [[f"fastac::{gpu}_backward"]]
 
 
-@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_at_most_two_compilations_on_fake_cuda_tensors(layout: str) -> None:
     """L, T and the bound of the lengths vary."""
@@ -271,7 +274,7 @@ def test_at_most_two_compilations_on_fake_cuda_tensors(layout: str) -> None:
     assert 1 <= counter.frame_count <= 2
 
 
-@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_autocast_on_fake_cuda_tensors(

@@ -19,11 +19,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` is not installed
 
-from benchmarks import gpu, gpu_bench, gpu_device, gpu_probe, gpu_report, gpu_stages, peers  # noqa: E402
+from benchmarks import gpu, gpu_bench, gpu_device, gpu_report, gpu_stages, peers  # noqa: E402
 from benchmarks.gpu_bench import Cell, Group, Pass, Rates  # noqa: E402
 from benchmarks.gpu_device import Sample  # noqa: E402
 from benchmarks.timing import Timings  # noqa: E402
 from benchmarks.workloads import Workload  # noqa: E402
+from fastac import _cuda, backends  # noqa: E402
 from fastac.explain import Cost  # noqa: E402
 
 SMALL = Workload("small", 4, 7, 33, 5, "tests")
@@ -141,7 +142,8 @@ def test_the_form_with_the_lower_floor_is_taken() -> None:
 def cell_of(seconds: dict[str, list[float]], operations: int = 0, mode: str = "forward") -> Cell:
     passes = [Pass(name, "", Cost(100, operations)) for name in gpu_bench.PASSES[mode]]
     group = Group(gpu_bench.WORKLOADS["kinetics-rgb"], "bfloat16")
-    return Cell(group, mode, 7, passes, 10.0, Timings(seconds, {}), {"ours": 0.5}, {"sdpa": "absent"})
+    ours = {"ours": "triton"} | {name: name for name in ("cuda",) if name in seconds}
+    return Cell(group, mode, 7, passes, 10.0, Timings(seconds, {}), {"ours": 0.5}, {"sdpa": "absent"}, ours)
 
 
 def test_floor_is_the_longer_of_copy_and_operations_in_each_round() -> None:
@@ -172,12 +174,50 @@ def test_targets() -> None:
     cell = cell_of(timed)
     cell.group = Group(gpu_bench.groups()[0].workload, "bfloat16")
     found = {f.figure: f.verdict for f in gpu_report.figures([cell])}
-    assert found["kinetics-rgb forward, share of the floor"] == "met"
+    assert found["kinetics-rgb forward, triton, share of the floor"] == "met"
     assert found["kinetics-rgb forward, compile / ours"] == "met"
     assert found["kinetics-rgb forward, eager / ours"] == "missed by 33 %"
     assert found["kinetics-rgb forward, sdpa / ours"] == "not measured"
-    assert found["mil-bag forward, share of the floor"] == "not measured"
+    assert found["mil-bag forward, triton, share of the floor"] == "not measured"
     assert {f.verdict for f in gpu_report.figures([cell_of(timed)])} == {"not measured"}  # B = 256
+
+
+def test_two_backends_side_by_side() -> None:
+    timed = {"ours": [1.0], "cuda": [0.9], "compile": [2.5], "copy forward": [0.8]}
+    cell = cell_of(timed)
+    cell.group = Group(gpu_bench.groups()[0].workload, "bfloat16")
+    found = {f.figure: (f.target, f.verdict) for f in gpu_report.figures([cell])}
+    assert found["kinetics-rgb forward, triton, share of the floor"] == (">= 0.75", "met")
+    assert found["kinetics-rgb forward, cuda, share of the floor"] == (">= 0.85", "met")  # 0.89
+    assert found["kinetics-rgb backward, cuda, share of the floor"] == (">= 0.75", "not measured")
+    said = gpu_report.line(cell)
+    assert (said["cuda us"], said["cuda/ours"], said["compile/ours"]) == ("900000.0", "0.90x", "2.50x")
+    cell.timings.seconds.pop("cuda")  # it was wrong: the columns stay, empty
+    said = gpu_report.line(cell)
+    assert (said["cuda us"], said["cuda/ours"]) == ("-", "-")
+
+
+def test_winners_are_those_of_training_by_class() -> None:
+    def cell(workload: str, dtype: str, triton: float, cuda: float, mode: str = "training") -> Cell:
+        found = cell_of({"ours": [triton], "cuda": [cuda]}, mode=mode)
+        found.group = Group(gpu_bench.WORKLOADS[workload], dtype)
+        return found
+
+    cells = [
+        cell("kinetics-rgb", "bfloat16", 1.0, 0.5),
+        cell("online", "float16", 1.0, 1.5),  # slower, but by less
+        cell("kinetics-rgb", "float32", 1.0, 1.1),
+        cell("yt8m-rgb", "bfloat16", 1.0, 2.0),
+        cell("ragged", "bfloat16", 2.0, 1.0),
+        cell("ragged", "bfloat16", 1.0, 9.0, "forward"),
+        cell_of({"ours": [1.0]}, mode="training"),
+    ]
+    assert gpu_report.winners(cells) == {
+        "16-bit long": "triton",
+        "16-bit packed": "cuda",
+        "16-bit short": "cuda",
+        "32-bit short": "triton",
+    }
 
 
 # A group
@@ -227,8 +267,47 @@ def test_a_wrong_peer_is_left_out_with_the_reason() -> None:
     assert all("wrong: " in cell.reasons["sdpa"] for cell in cells)
 
 
+class SpoiledBackend(peers.Ours):
+    """A backend of ours with y spoiled."""
+
+    def __init__(self) -> None:
+        super().__init__("reference")
+        self.spoiled = Spoiled(lambda y: y * (1 + 1e-3))
+
+    def prepare(self, case: Any) -> peers.Prepared:
+        return self.spoiled.prepare(case)
+
+
+def test_two_backends_are_timed_and_held_to_the_same_bounds() -> None:
+    plans: list[Any] = []
+    for second in (peers.Ours("reference"), SpoiledBackend()):
+        cells = list(
+            gpu_bench.measure(
+                Group(SMALL, "float32"), {**contenders(), "cuda": second}, NoGpu(), RATES,
+                backend="reference", rounds=2, checked=lambda ready, found: plans.append((ready, found)),
+            )
+        )  # fmt: skip
+        assert all(cell.backends == {"ours": "reference", "cuda": "reference"} for cell in cells)
+        assert {"cuda" in cell.contenders() for cell in cells} == {second.__class__ is peers.Ours}
+    (good, plans_of_good), (bad, plans_of_bad) = plans
+    assert (good.wrong, [*plans_of_good]) == ({}, ["ours", "cuda"])
+    assert "y of cuda" in bad.wrong["cuda"]
+    assert [*plans_of_bad] == ["ours"]
+
+
+@pytest.mark.usefixtures("quick_rates")
+def test_a_wrong_second_backend_is_red_and_the_first_is_measured(tmp_path: Path) -> None:
+    report = report_in(tmp_path)
+    runners = {**contenders(), "cuda": SpoiledBackend()}
+    budget = gpu.Budget(1000, lambda: 0.0)
+    assert not gpu.run_bench(report, runners, NoGpu(), [Group(SMALL, "float32")], options(), budget)
+    assert [*report.red] == ["small B=4 float32, cuda"]
+    assert {r["contender"] for r in rows_of(report)} == {"ours", "eager", "sdpa", "cuda"}
+    assert {r["median_s"] for r in rows_of(report) if r["contender"] == "cuda"} == {""}
+
+
 def options(**changes: Any) -> Any:
-    given = gpu.parse(["--backend", "reference", "--rounds", "2", "--dtypes", "float32"])
+    given = gpu.parse(["--backends", "reference", "--rounds", "2", "--dtypes", "float32"])
     for name, value in changes.items():
         setattr(given, name, value)
     return given
@@ -342,129 +421,16 @@ def test_races_are_seen(tmp_path: Path) -> None:
     report = report_in(tmp_path)
     todo, never = [Group(SMALL, "float32")], gpu.Budget(1000, lambda: 0.0)
     turn = iter(range(100))
-    assert not gpu.run_races(report, racing, NoGpu(), todo, 3, never)
-    assert gpu.run_races(report, steady, NoGpu(), todo, 3, never)
-    assert not gpu.run_races(report, steady, NoGpu(), todo, 3, gpu.Budget(-1, lambda: 0.0))  # none ran
-    assert report.stages["races"]["groups"] == {"small B=4 float32": "out of time"}
-
-
-# Processes
-
-
-def python(text: str) -> list[str]:
-    return [sys.executable, "-c", text]
-
-
-def test_processes_end_at_the_deadline() -> None:
-    jobs = [
-        gpu_stages.Job(
-            "quick", python("import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)")
-        ),
-        gpu_stages.Job("slow", python("import time; print('begun', flush=True); time.sleep(60)")),
-    ]
-    begin = time.monotonic()
-    done = gpu_stages.run_all(jobs, begin + 2)
-    assert time.monotonic() - begin < 20
-    assert done["quick"].status == 3
-    assert sorted(done["quick"].output.split()) == ["err", "out"]
-    assert done["slow"] == gpu_stages.Done(None, "begun\n")
-
-
-def test_optional_processes_end_with_the_others() -> None:
-    jobs = [
-        gpu_stages.Job("tests", python("pass")),
-        gpu_stages.Job("warm", python("import time; time.sleep(60)"), optional=True),
-    ]
-    begin = time.monotonic()
-    done = gpu_stages.run_all(jobs, begin + 50)
-    assert time.monotonic() - begin < 20
-    assert (done["tests"].status, done["warm"].status) == (0, None)
-
-
-def test_a_build_that_fails_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTAC_NATIVE", "1")  # restored afterwards
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    result = gpu_stages.build(time.monotonic() + 60)
-    assert not result["built"]
-    assert "no C++ compiler found" in result["reason"]
-    assert os.environ["FASTAC_NATIVE"] == "0"
-
-
-def logged(folder: Path, *shards: list[Any]) -> tuple[list[gpu_stages.Job], dict[str, gpu_stages.Done]]:
-    jobs = gpu_stages.test_jobs(len(shards), folder)
-    for i, entries in enumerate(shards):
-        lines = [e if isinstance(e, str) else json.dumps(e) for e in entries]
-        (folder / f"{i}.jsonl").write_text("\n".join(lines))
-    return jobs, {job.name: gpu_stages.Done(0, "said") for job in jobs}
-
-
-def entry(test: str, outcome: str, text: str = "") -> dict[str, str]:
-    return {"test": test, "outcome": outcome, "text": text}
-
-
-def test_green_only_if_every_test_ended(tmp_path: Path) -> None:
-    whole = [{"collected": 2}, entry("a", "passed"), entry("b", "skipped", "one device")]
-    jobs, done = logged(tmp_path, whole, [{"collected": 1}, entry("c", "passed")])
-    tests = gpu_stages.read_tests(tmp_path, jobs, done)
-    assert (tests.collected, tests.passed, tests.missing, tests.green) == (3, 2, 0, True)
-    assert tests.skipped == {"b": "one device"}
-    assert tests.summary() == "2 passed, 1 skipped"
-
-    jobs, done = logged(tmp_path, whole, [{"collected": 2}, entry("c", "passed"), '{"test": "d", "outc'])
-    tests = gpu_stages.read_tests(tmp_path, jobs, done)
-    assert (tests.missing, tests.green) == (1, False)
-    assert "1 did not end in time" in tests.summary()
-
-    jobs, done = logged(
-        tmp_path, [{"collected": 1}, entry("a", "passed"), entry("a", "failed", "in teardown")]
-    )
-    tests = gpu_stages.read_tests(tmp_path, jobs, done)
-    assert (tests.passed, tests.failed, tests.green) == (0, {"a": "in teardown"}, False)
-
-    jobs, done = logged(tmp_path, [{"collected": 1}, entry("a", "skipped", "no device")])
-    assert not gpu_stages.read_tests(tmp_path, jobs, done).green  # nothing passed
-
-    jobs, done = logged(tmp_path, whole)
-    done[jobs[0].name] = gpu_stages.Done(-11, "segmentation fault")
-    tests = gpu_stages.read_tests(tmp_path, jobs, done)
-    assert not tests.green
-    assert "segmentation fault" in tests.broken[0]
-
-
-def test_the_gpu_tests_report_what_became_of_them(tmp_path: Path) -> None:
-    """One of many shards, where no device is visible: every test is skipped, which is no pass."""
-    jobs = gpu_stages.test_jobs(60, tmp_path)[:1]
-    jobs[0].environment = {**jobs[0].environment, "CUDA_VISIBLE_DEVICES": ""}
-    done = gpu_stages.run_all(jobs, time.monotonic() + 100)
-    tests = gpu_stages.read_tests(tmp_path, jobs, done)
-    assert not tests.broken
-    assert tests.collected == len(tests.skipped) > 5
-    assert all("finds no CUDA device" in reason for reason in tests.skipped.values())
-    assert not tests.green
-
-
-SUMMARY = "========= COMPUTE-SANITIZER\nprobe: done, 18 calls\n========= "
-
-
-@pytest.mark.parametrize(
-    ("status", "output", "state"),
-    [
-        (0, SUMMARY + "ERROR SUMMARY: 0 errors", "clean"),
-        (0, SUMMARY + "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "clean"),
-        (9, SUMMARY + "ERROR SUMMARY: 12 errors", "errors"),
-        (9, SUMMARY + "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "errors"),
-        (1, "Traceback\n========= ERROR SUMMARY: 0 errors", "did not run"),
-        (1, "========= Error: Device not supported\n========= ERROR SUMMARY: 1 error", "did not run"),
-        (0, "probe: done, 18 calls", "did not run"),
-        (None, SUMMARY, "did not run"),
-    ],
-)
-def test_verdict_of_the_sanitizer(status: int | None, output: str, state: str) -> None:
-    assert gpu_stages.verdict("memcheck", gpu_stages.Done(status, output))["state"] == state
-
-
-def test_the_probe_of_the_sanitizer_runs() -> None:
-    assert gpu_probe.probe("cpu", "reference") == 18
+    assert not gpu.run_races(report, {"triton": racing}, NoGpu(), todo, 3, never)
+    both = {"triton": steady, "cuda": steady}
+    assert gpu.run_races(report, both, NoGpu(), todo, 3, never)
+    equal = {"small B=4 float32": {"repeats": 3, "different": []}}
+    assert report.stages["races"]["groups"] == {"triton": equal, "cuda": equal}
+    turn = iter(range(100))
+    assert not gpu.run_races(report, {"triton": steady, "cuda": racing}, NoGpu(), todo, 3, never)
+    assert not gpu.run_races(report, both, NoGpu(), todo, 3, gpu.Budget(-1, lambda: 0.0))  # none ran
+    late = {"small B=4 float32": "out of time"}
+    assert report.stages["races"]["groups"] == {"triton": late, "cuda": late}
 
 
 # The command
@@ -499,7 +465,7 @@ def whole_run(monkeypatch: pytest.MonkeyPatch, folder: Path, tests: gpu_stages.T
     monkeypatch.setattr(
         gpu_stages, "sanitize", lambda *_: {"memcheck": {"state": "clean", "text": "0 errors"}}
     )
-    arguments = ["--backend", "reference", "--workload", "online", "--dtypes", "float32", "--rounds", "2"]
+    arguments = ["--backends", "reference", "--workload", "online", "--dtypes", "float32", "--rounds", "2"]
     arguments += ["--repeats", "2", "--peers", "eager", "--commit", "1234", "--out", str(folder)]
     return gpu.main([*arguments, *more])
 
@@ -528,6 +494,50 @@ def test_a_whole_run(
     assert "SOMETHING IS WRONG" in said
 
 
+@pytest.mark.usefixtures("quick_rates")
+def test_a_backend_that_cannot_run_is_left_out_unless_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "BACKENDS", ("cuda", "reference"))
+    monkeypatch.setattr(backends, "_emulated", lambda: False)
+    monkeypatch.setattr(_cuda, "why_not", "not built for this test")
+    described = []
+    patched = ["--stages", "races", "--workload", "online", "--dtypes", "float32", "--repeats", "2"]
+    patched += ["--peers", "", "--out", str(tmp_path)]
+    monkeypatch.setattr(gpu_device, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_device, "Cuda", NoGpu)
+    monkeypatch.setattr(gpu_device, "describe", lambda b, commit: described.append(b) or MACHINE)
+    assert gpu.main(patched) == 0
+    assert "backend 'cuda' cannot be measured here: not built for this test" in capsys.readouterr().err
+    (saved,) = tmp_path.glob("*.json")
+    content = json.loads(saved.read_text())
+    assert content["stages"]["backends left out"] == {"cuda": "not built for this test"}
+    assert [*content["stages"]["races"]["groups"]] == described == ["reference"]
+    assert gpu.main([*patched, "--backends", "cuda,reference"]) == 1
+    assert described == ["reference"]
+
+
+@pytest.mark.usefixtures("quick_rates")
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_compiler_that_stops_is_no_success(
+    failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"built": False, "seconds": 1.0, "reason": "nvcc said no", "failed": failed}
+    monkeypatch.setattr(gpu_device, "capability", lambda: 90)
+    monkeypatch.setattr(
+        gpu_stages,
+        "build",
+        lambda deadline, capability: {"C++": {"built": True, "seconds": 2.0}, "CUDA": result},
+    )
+    good = gpu_stages.Tests(collected=1, passed=1)
+    assert whole_run(monkeypatch, tmp_path, good, "--build", "--stages", "tests") == int(failed)
+    said = capsys.readouterr().out
+    assert "C++ extension: built, 2.0 s" in said
+    assert "CUDA extension: not built: nvcc said no, 1.0 s" in said
+    (saved,) = tmp_path.glob("*.json")
+    assert json.loads(saved.read_text())["stages"]["build"]["CUDA"] == result
+
+
 def test_the_alarm_ends_what_runs() -> None:
     begin = time.monotonic()
     with pytest.raises(gpu_bench.OutOfTime):
@@ -546,6 +556,8 @@ def test_the_alarm_ends_what_runs() -> None:
         (["--dtypes", "float64"], "--dtypes: 'float64' is not one of bfloat16"),
         (["--dtypes", ""], "--dtypes must name at least one"),
         (["--stages", "lint"], "--stages: 'lint' is not one of tests"),
+        (["--backends", "cuda,cuda"], "--backends must name at least one backend, and none twice"),
+        (["--backends", ","], "--backends must name at least one backend"),
         (["--minutes", "0"], "--minutes must be positive, got 0.0"),
     ],
 )

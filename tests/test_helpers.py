@@ -21,6 +21,7 @@ from helpers import (
     peers,
     plain,
     plain_parts,
+    rounded_y_noise,
     rounding_noise,
     run,
     sum_sizes,
@@ -175,6 +176,39 @@ def test_equality_helpers_see_one_bit() -> None:
         assert_equal({"y": t.log()}, {"y": t.log()})
     with pytest.raises(AssertionError, match="differs"):
         assert_near({"y": t}, {"y": t * 1.001}, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_noise_of_a_rounded_y(dtype: torch.dtype) -> None:
+    """It is the difference that the gradients' formulas make of it, and lends a fault no slack."""
+    torch.manual_seed(0)
+    case = make_case(dtype=dtype, weighting="scores", layout="mask")
+    dy = case.dy()
+    exact = run(truth, case.to(torch.float64), dy.double())
+    noise = rounded_y_noise(case, dy)
+    assert noise.keys() == exact.keys() - {"y"}
+
+    wide = case.to(torch.float64)
+    assert wide.alpha is not None
+    x, a, _, norm, y = plain_parts(wide)
+    unit = y.to(dtype).double() * case.cluster_size**0.5
+    du = (dy.double() - unit * (unit * dy.double()).sum(-1, keepdim=True)) / (norm * case.cluster_size**0.5)
+    e = (wide.alpha[:, None] * du) @ x.mT
+    found = {
+        "dx": a.mT @ (wide.alpha[:, None] * du),
+        "dscores": a * (e - (a * e).sum(-1, keepdim=True)),
+        "dbeta": du.sum((0, 2)),
+    }
+    for name, t in found.items():
+        torch.testing.assert_close(noise[name], (t - exact[name]).abs(), rtol=1e-6, atol=1e-12)
+        assert noise[name].max() > 0
+        assert_near({name: t}, {name: exact[name]}, torch.float64, noise=noise)
+        with pytest.raises(AssertionError, match=name):
+            assert_near({name: t}, {name: exact[name]}, torch.float64)
+        with pytest.raises(AssertionError, match=name):
+            assert_near({name: exact[name].flip(0)}, {name: exact[name]}, dtype, noise=noise)
+    assert rounded_y_noise(case.to(torch.float32), dy.float()) == {}
+    assert rounded_y_noise(case.replace(alpha=None, beta=None), dy) == {}
 
 
 def test_cancelling_features_do_cancel() -> None:

@@ -314,3 +314,14 @@ def test_install_after_the_import_of_triton() -> None:
         late = run(code, interpret)
         assert late.returncode != 0
         assert "RuntimeError: triton was imported without TRITON_INTERPRET=1" in late.stderr
+
+
+@pytest.mark.parametrize(("chosen", "state"), [("gpu", "compiled"), (".", "in its interpreter")])
+def test_the_gpu_tests_alone_have_compiled_kernels(chosen: str, state: str) -> None:
+    """On a GPU an interpreter would take CUDA tensors too, and the tests would say nothing of the kernels."""
+    folder = Path(__file__).parent
+    options = ["--collect-only", "--ignore-glob=*/test_*"]
+    command = [sys.executable, "-m", "pytest", str(folder / chosen), *options]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert f"triton kernels: {state}\n" in done.stdout, done.stdout + done.stderr

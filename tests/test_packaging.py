@@ -12,12 +12,13 @@ import tarfile
 import zipfile
 from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastac
-from fastac import _native
+from fastac import _cuda, _native
 
 pytestmark = pytest.mark.xdist_group("packaging")  # what is built once is shared
 
@@ -26,8 +27,12 @@ CXX = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("c++
 
 
 def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The finished process, whatever its status; FASTAC_* and PYTHONPATH are not passed on."""
+    """The finished process, whatever its status; FASTAC_* and PYTHONPATH are not passed on.
+
+    Nothing here compiles CUDA kernels, which takes minutes.
+    """
     inherited = {n: v for n, v in os.environ.items() if not n.startswith("FASTAC_") and n != "PYTHONPATH"}
+    inherited["FASTAC_CUDA"] = "0"
     return subprocess.run(
         command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, check=False
     )
@@ -88,10 +93,15 @@ def test_detector_fires_on_a_binary(tmp_path: Path) -> None:
     assert cpp_libtorch(undefined_symbols(library)) == ["at::touch(at::Tensor&)"]
 
 
-@pytest.fixture(scope="session")
-def library() -> Path:
-    assert _native.available, _native.why_not
-    return Path(_native.PATH)
+@pytest.fixture(scope="session", params=["C++", "CUDA"])
+def library(request: pytest.FixtureRequest) -> Path:
+    if request.param == "C++":
+        assert _native.available, _native.why_not
+        return Path(_native.PATH)
+    for path in (_cuda.PATH, ROOT / "build" / "cuda" / "fastac" / _cuda.PATH.name):
+        if path.exists():
+            return path
+    pytest.skip("the CUDA library is not built; `make cuda` builds it and runs this test")
 
 
 def test_only_stable_symbols(library: Path) -> None:
@@ -106,7 +116,11 @@ def test_needed_libraries(library: Path) -> None:
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", listing))
     system = {"libstdc++.so.6", "libc++.so.1", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
     loader = {name for name in needed if name.startswith("ld-linux")}
-    assert needed - system - loader == {"libtorch_cpu.so"}
+    torch_libraries = {"libtorch_cpu.so"}
+    if library.name == _cuda.PATH.name:
+        torch_libraries.add("libtorch_cuda.so")
+        system |= {"libdl.so.2", "librt.so.1", "libpthread.so.0"}  # for the CUDA runtime inside
+    assert needed - system - loader == torch_libraries
     assert not re.search(r"\((RPATH|RUNPATH)\)", listing)
 
 
@@ -117,7 +131,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy2(ROOT / name, copy)
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", ".*")
-    for name in ("fastac", "kernels", "csrc", "tests", "benchmarks"):
+    for name in ("fastac", "kernels", "csrc", "scripts", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     if (ROOT / "build" / "objects").is_dir():
         shutil.copytree(ROOT / "build" / "objects", copy / "build" / "objects")
@@ -167,12 +181,13 @@ def test_wheel_contents(wheel: Path) -> None:
     assert {
         "fastac/_C.abi3.so",
         "fastac/py.typed",
+        "fastac/measured.json",
         "fastac/kernels/__init__.py",
         "fastac/data/__init__.py",
         "fastac/models/__init__.py",
         f"fastac-{fastac.__version__}.dist-info/licenses/LICENSE",
     } <= set(names)
-    assert [name for name in names if name.endswith((".cpp", ".h", ".o"))] == []
+    assert [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".o"))] == []
     packaged = {name for name in names if re.fullmatch(r"fastac/(data/|models/)?\w+\.py", name)}
     assert packaged == {str(path.relative_to(ROOT)) for path in (ROOT / "fastac").rglob("*.py")}
 
@@ -239,7 +254,8 @@ def test_sdist_holds_what_a_build_needs(tree: Path, tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as contents:
         names = {name.split("/", 1)[-1] for name in contents.getnames()}
-    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
+    files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh")]
+    sources = {str(p.relative_to(ROOT)) for p in files}
     assert len(sources) > 2
     assert sources | {"setup.py", "pyproject.toml", "LICENSE", "kernels/__init__.py"} <= names
 
@@ -316,7 +332,94 @@ def test_build_without_a_compiler(tree: Path, tmp_path: Path, environment: dict[
     assert "install one" in line
 
 
-@pytest.mark.parametrize("name", ["FASTAC_NATIVE", "FASTAC_SANITIZE"])
+def write_nvcc(folder: Path) -> dict[str, str]:
+    """A CUDA toolkit whose compiler does nothing; the environment in which it is found."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return {"CUDA_HOME": str(folder), "FASTAC_CUDA": "1"}
+
+
+def setup_py(tree: Path, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path / "out")]
+    return run(command, tree, **environment)
+
+
+@pytest.fixture
+def build_rules(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that setup.py defines, without its call of `setup`; no variable of the build is set."""
+    for name in ("FASTAC_CUDA", "FASTAC_CUDA_ARCHS", "FASTAC_NATIVE", "FASTAC_SANITIZE", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    text = (ROOT / "setup.py").read_text()
+    scope: dict[str, Any] = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile(text.split("\nnative = extensions()")[0], "setup.py", "exec"), scope)
+    return scope
+
+
+def test_cuda_is_built_where_nvcc_is_found(
+    build_rules: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", write_nvcc(tmp_path / "toolkit")["CUDA_HOME"])
+    assert build_rules["find_nvcc"]() == str(tmp_path / "toolkit" / "bin" / "nvcc")
+    found = {}
+    for nvcc in ("nvcc", None):
+        build_rules["find_nvcc"] = lambda nvcc=nvcc: nvcc
+        for variables in ({}, {"FASTAC_CUDA": "0"}, {"FASTAC_NATIVE": "0"}, {"FASTAC_SANITIZE": "1"}):
+            with monkeypatch.context() as patch:
+                for name, value in variables.items():
+                    patch.setenv(name, value)
+                found[(nvcc, *variables)] = build_rules["wants_cuda"]()
+    assert [key for key, wanted in found.items() if wanted] == [("nvcc",)]
+
+    monkeypatch.setenv("FASTAC_CUDA", "1")
+    with pytest.raises(SystemExit, match=r"fastac: no nvcc found .* set FASTAC_CUDA=0"):
+        build_rules["wants_cuda"]()
+    build_rules["find_nvcc"] = lambda: "nvcc"
+    assert build_rules["wants_cuda"]()
+
+
+def test_cuda_without_the_native_half(tree: Path, tmp_path: Path) -> None:
+    found = one_line(setup_py(tree, tmp_path, FASTAC_CUDA="1", FASTAC_NATIVE="0"))
+    assert "contradict" in found
+
+
+@pytest.mark.parametrize("archs", ["", "sm_90", "75", "80;ninety", "90b"])
+def test_cuda_for_what_is_no_gpu(tree: Path, tmp_path: Path, archs: str) -> None:
+    environment = write_nvcc(tmp_path / "toolkit") | {"FASTAC_CUDA_ARCHS": archs}
+    found = one_line(setup_py(tree, tmp_path, **environment))
+    assert found == f'fastac: FASTAC_CUDA_ARCHS must be a list such as "80;90", got {archs!r}'
+
+
+def test_cuda_is_compiled_for_what_is_asked_for(build_rules: dict[str, Any]) -> None:
+    """Two translations to PTX, one for GPUs with clusters; the last one's PTX goes along."""
+    with pytest.MonkeyPatch.context() as patch:
+        for archs, expected in {
+            "90;80": ["compute_80,code=[sm_80]", "compute_90,code=[sm_90,compute_90]"],
+            "86": ["compute_80,code=[sm_86,compute_80]"],
+            "120 90a": ["compute_90a,code=[sm_90a]", "compute_90,code=[sm_120,compute_90]"],
+            build_rules["CUDA_ARCHS"]: [
+                "compute_80,code=[sm_80,sm_86,sm_89]",
+                "compute_90,code=[sm_90,sm_100,sm_120,compute_90]",
+            ],
+        }.items():
+            patch.setenv("FASTAC_CUDA_ARCHS", archs)
+            targets = build_rules["cuda_targets"](build_rules["cuda_archs"]("no-nvcc"))
+            assert targets == [f"-gencode=arch={e}" for e in expected]
+
+
+def test_cuda_is_compiled_for_what_nvcc_knows(build_rules: dict[str, Any], tmp_path: Path) -> None:
+    """Unless asked for, a GPU that is too new for the CUDA toolkit does not stop the build."""
+    write_nvcc(tmp_path / "toolkit")
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    for known, expected in (("50 80 86 90 90a", ["80", "86", "90"]), ("90 120 121", ["90", "120"])):
+        nvcc.write_text(f"#!/bin/sh\nprintf 'sm_%s\\n' {known}\n")
+        assert build_rules["cuda_archs"](str(nvcc)) == expected
+    nvcc.write_text("#!/bin/sh\necho sm_75\n")
+    with pytest.raises(SystemExit, match=r"none of sm_80, sm_86, .* set FASTAC_CUDA=0"):
+        build_rules["cuda_archs"](str(nvcc))
+
+
+@pytest.mark.parametrize("name", ["FASTAC_NATIVE", "FASTAC_SANITIZE", "FASTAC_CUDA"])
 def test_a_switch_is_0_or_1(tree: Path, tmp_path: Path, name: str) -> None:
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
     assert one_line(run(command, tree, **{name: "yes"})) == f"fastac: {name} must be 0 or 1, got 'yes'"

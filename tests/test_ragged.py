@@ -7,7 +7,6 @@ import torch
 from helpers import (
     DTYPES,
     WEIGHTINGS,
-    Backend,
     Case,
     assert_equal,
     assert_near,
@@ -17,8 +16,12 @@ from helpers import (
     pack,
     pad,
     run,
+    term_sizes,
 )
+from tested_backends import Backend
 from torch import Tensor
+
+from fastac import ops
 
 IDS = {"ids": lambda v: str(v).removeprefix("torch.")}
 RAGGED = ("lengths", "mask", "packed")
@@ -119,12 +122,16 @@ def test_all_layouts_of_one_batch_agree(backend: Backend, weighting: str) -> Non
         assert_near(run(backend, case.replace(mask=mask), dy), by_lengths, dtype)
         packed = run(backend, pack(case, lengths, trailing=2), dy)
         dx = packed.pop("dx")
+        # An empty set has u = β·1, which dU loses: what is left of dβ depends on the order of the sums.
+        terms = term_sizes(case.replace(lengths=lengths), dy)
+        noise = backend.form_noise(case.replace(lengths=lengths), dy)
         near = {n: t for n, t in by_lengths.items() if n not in ("dx", "dscores")}
         if weighting == "scores":
             ds = packed.pop("dscores")
-            assert_near({"ds": ds[:, :-2]}, {"ds": by_lengths["dscores"].transpose(1, 2)[mask].T}, dtype)
-        assert_near(packed, near, dtype)
-        assert_near({"dx": dx[:-2]}, {"dx": by_lengths["dx"][mask]}, dtype)
+            expected = by_lengths["dscores"].transpose(1, 2)[mask].T
+            assert_near({"dscores": ds[:, :-2]}, {"dscores": expected}, dtype, noise=noise)
+        assert_near(packed, near, dtype, terms=terms, noise=noise)
+        assert_near({"dx": dx[:-2]}, {"dx": by_lengths["dx"][mask]}, dtype, noise=noise)
         for b in (0, 1):
             n = int(lengths[b])
             scores = None if case.scores is None else case.scores[b : b + 1, :, :n]
@@ -253,13 +260,13 @@ def test_very_uneven_packed_sets(backend: Backend) -> None:
             )
 
 
-def test_the_saved_statistics(native: Backend) -> None:
+def test_the_saved_statistics(cpp: Backend) -> None:
     """The greatest valid score, the sum of exp(score - greatest), ‖u‖ before eps, and the scores."""
     for weighting in WEIGHTINGS:
         case = make_case(weighting=weighting, layout="lengths", empty=True, M=640, N=4, dtype=torch.float64)
         assert case.lengths is not None and case.alpha is not None and case.beta is not None
         args = (case.x, case.weight, case.scores, case.position_bias, case.alpha, case.beta)
-        _, stats, saved = torch.ops.fastac.cpu_forward(*args, case.lengths, None, None, case.eps, True)
+        _, stats, saved = ops.operator(cpp.name, "forward")(*args, case.lengths, None, None, case.eps, True)
         s = torch.zeros(5, 4, 23, dtype=torch.float64) if case.scores is None else case.scores
         if case.weight is not None:
             s = (case.x @ case.weight.T).transpose(1, 2)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import DTYPES, WEIGHTINGS, Backend, assert_near, make_case, run, term_sizes
+from helpers import DTYPES, WEIGHTINGS, assert_near, make_case, run, term_sizes
+from tested_backends import Backend
 from torch import Tensor
 
 IDS = {"ids": lambda v: str(v).removeprefix("torch.")}
@@ -67,6 +68,7 @@ def test_operands(backend: Backend, weighting: str, change: str, dtype: torch.dt
                 dtype,
                 eps=4,
                 terms=term_sizes(case, dy),
+                noise=backend.form_noise(case, dy),
             )
         everything = {name: LAYOUTS[change](t) for name, t in case.floats().items()}
         assert_near(
@@ -75,6 +77,7 @@ def test_operands(backend: Backend, weighting: str, change: str, dtype: torch.dt
             dtype,
             eps=4,
             terms=term_sizes(case, dy),
+            noise=backend.form_noise(case, dy),
         )
 
 
@@ -88,7 +91,12 @@ def test_stride_zero_gradient(backend: Backend, weighting: str, dtype: torch.dty
         scalar = torch.ones((), dtype=dtype).expand(ones.shape)
         assert scalar.stride() == (0, 0, 0)
         assert_near(
-            run(backend, case, scalar), run(backend, case, ones), dtype, eps=4, terms=term_sizes(case, ones)
+            run(backend, case, scalar),
+            run(backend, case, ones),
+            dtype,
+            eps=4,
+            terms=term_sizes(case, ones),
+            noise=backend.form_noise(case, ones),
         )
         dy = case.dy()
         for axis in (n for n in range(3) if dy.size(n) > 1):
@@ -100,6 +108,7 @@ def test_stride_zero_gradient(backend: Backend, weighting: str, dtype: torch.dty
                 dtype,
                 eps=4,
                 terms=term_sizes(case, dy),
+                noise=backend.form_noise(case, expanded),
             )
 
 
@@ -114,6 +123,7 @@ def test_gradient_of_y(backend: Backend, change: str) -> None:
             dtype,
             eps=4,
             terms=term_sizes(case, dy),
+            noise=backend.form_noise(case, dy),
         )
 
 
@@ -153,6 +163,7 @@ def test_expanded_operands(backend: Backend, dtype: torch.dtype) -> None:
             dtype,
             eps=4,
             terms=term_sizes(case, dy),
+            noise=backend.form_noise(case.replace(**change), dy),
         )
 
 

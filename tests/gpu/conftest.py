@@ -1,7 +1,9 @@
 """The tests that need an NVIDIA GPU: skipped, with the reason, where there is none.
 
-`make gpu` runs them in several processes at once: FASTAC_GPU_SHARD=i/n leaves every n-th test to a process,
-and FASTAC_GPU_LOG names the file that says, line by line as it happens, what became of each.
+Each runs on every backend that FASTAC_GPU_BACKENDS names, triton and cuda unless set, and is skipped for one
+that cannot run there. `make gpu` runs them in several processes at once: FASTAC_GPU_SHARD=i/n leaves every
+n-th test to a process, and FASTAC_GPU_LOG names the file that says, line by line as it happens, what became
+of each.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_helpers import BACKENDS, OURS
 
 import fastac
 from fastac import backends
@@ -26,10 +29,12 @@ if importlib.util.find_spec("fastac.kernels") is None:  # a checkout that is not
 
 
 def why_not() -> str | None:
-    """Why these tests cannot run here."""
+    """Why none of these tests can run here."""
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no CUDA device"
-    return backends.why_not("triton", torch.empty(1, device="cuda"))
+    if backends.interpreting():
+        return "Triton interprets its kernels in this process; tests/gpu must run by itself"
+    return None
 
 
 def _log(entry: dict[str, Any]) -> None:
@@ -46,7 +51,9 @@ def _here(path: Path) -> bool:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     ours = [item for item in items if _here(item.path)]
     part, parts = map(int, os.environ.get("FASTAC_GPU_SHARD", "0/1").split("/"))
-    left_out = {id(item) for i, item in enumerate(ours) if i % parts != part}
+    # One backend's after the other's, so that no process gets all the tests of the slower one.
+    dealt = sorted(ours, key=lambda item: BACKENDS.index(item.callspec.params["tested"]))
+    left_out = {id(item) for i, item in enumerate(dealt) if i % parts != part}
     dropped = [item for item in ours if id(item) in left_out]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -70,6 +77,15 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         elif failed:
             text = report.longreprtext[-3000:]
         _log({"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "text": text})
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def tested(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chooses the backend that `OURS` calls."""
+    reason = backends.why_not(request.param, torch.empty(1, device="cuda"))
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    monkeypatch.setattr(OURS, "name", request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers import Backend, Case, Results, assert_equal, assert_near, check_case, make_case, run
+from helpers import Case, Results, assert_equal, assert_near, check_case, make_case, run
+from tested_backends import Backend
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 DEVICE = torch.device("cuda")
-TRITON = Backend("triton")
+BACKENDS = tuple(os.environ.get("FASTAC_GPU_BACKENDS", "triton,cuda").split(","))
+"""The backends that every test here runs on."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 IDS: dict[str, Any] = {"ids": lambda v: str(v).removeprefix("torch.")}
 SEED = 20181
+
+
+class UnderTest:
+    """The backend that a test runs on; a fixture of conftest.py sets its name."""
+
+    def __init__(self) -> None:
+        self.name = BACKENDS[0]
+
+    def __call__(self, case: Case) -> Tensor:
+        return Backend(self.name)(case)
+
+    def operator(self, kind: str) -> Any:
+        """Its operator "inference", "forward" or "backward"."""
+        return getattr(torch.ops.fastac, f"{self.name}_{kind}").default
+
+
+OURS = UnderTest()
 
 
 class _DrawWhereTheGeneratorIs(TorchFunctionMode):
@@ -60,7 +80,7 @@ def gradient_of(case: Case) -> Tensor:
 
 
 def check(
-    case: Case, call: Callable[[Case], Tensor] = TRITON, wanted: tuple[str, ...] | None = None, **options: Any
+    case: Case, call: Callable[[Case], Tensor] = OURS, wanted: tuple[str, ...] | None = None, **options: Any
 ) -> Results:
     """`check_case` on the GPU, the same bits where the default device is the CPU, and y at inference."""
     torch.manual_seed(SEED)

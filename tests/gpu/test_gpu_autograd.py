@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_helpers import IDS, TRITON, arguments, gpu_case, gradient_of, leaves_of
+from gpu_helpers import IDS, OURS, arguments, gpu_case, gradient_of, leaves_of
 from helpers import LAYOUTS, WEIGHTINGS, Case, assert_near, run
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -20,7 +20,7 @@ def function_of(case: Case) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """y as a function of the operands that have a gradient, and those operands."""
     names = tuple(case.floats())
     _, leaves = leaves_of(case)
-    return lambda *ts: TRITON(case.replace(**dict(zip(names, ts, strict=True)))), leaves
+    return lambda *ts: OURS(case.replace(**dict(zip(names, ts, strict=True)))), leaves
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -46,19 +46,16 @@ def test_gradgradcheck(weighting: str) -> None:
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_opcheck(weighting: str, layout: str) -> None:
     case = gpu_case(B=3, L=7, M=41, N=2, weighting=weighting, layout=layout, dtype=torch.float64)
-    ops = torch.ops.fastac
     given = arguments(case)
-    torch.library.opcheck(ops.triton_inference.default, given, test_utils=OPCHECKS)
+    torch.library.opcheck(OURS.operator("inference"), given, test_utils=OPCHECKS)
     with_leaves, _ = leaves_of(case)
     needs = sum(1 << i for i, t in enumerate(given[:6]) if t is not None)
     for save in (True, False) if layout == "padded" else (True,):
-        torch.library.opcheck(
-            ops.triton_forward.default, (*arguments(with_leaves), save), test_utils=OPCHECKS
-        )
-        saved = ops.triton_forward(*given, save)
+        torch.library.opcheck(OURS.operator("forward"), (*arguments(with_leaves), save), test_utils=OPCHECKS)
+        saved = OURS.operator("forward")(*given, save)
         for mask in (needs, needs & ~1, 0) if layout == "padded" else (needs,):
             torch.library.opcheck(
-                ops.triton_backward.default,
+                OURS.operator("backward"),
                 (gradient_of(case), *given, *saved, mask),
                 test_utils=OPCHECKS,
             )
@@ -67,16 +64,15 @@ def test_opcheck(weighting: str, layout: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], **IDS)
 def test_opcheck_of_other_dtypes(dtype: torch.dtype) -> None:
     checks = ("test_schema", "test_faketensor")
-    ops = torch.ops.fastac
     for weighting in WEIGHTINGS:
         case = gpu_case(B=2, L=3, M=64, N=1, weighting=weighting, dtype=dtype)
         given = arguments(case)
-        torch.library.opcheck(ops.triton_inference.default, given, test_utils=checks)
-        torch.library.opcheck(ops.triton_forward.default, (*given, True), test_utils=checks)
-        saved = ops.triton_forward(*given, True)
+        torch.library.opcheck(OURS.operator("inference"), given, test_utils=checks)
+        torch.library.opcheck(OURS.operator("forward"), (*given, True), test_utils=checks)
+        saved = OURS.operator("forward")(*given, True)
         needs = sum(1 << i for i, t in enumerate(given[:6]) if t is not None)
         torch.library.opcheck(
-            ops.triton_backward.default, (gradient_of(case), *given, *saved, needs), test_utils=checks
+            OURS.operator("backward"), (gradient_of(case), *given, *saved, needs), test_utils=checks
         )
 
 
@@ -87,13 +83,13 @@ def test_autocast(dtype: torch.dtype) -> None:
 
     def call(c: Case) -> Tensor:
         with torch.autocast("cuda", dtype):
-            return TRITON(c)
+            return OURS(c)
 
     assert case.weight is not None
     cast = case.replace(x=case.x.to(dtype), weight=case.weight.to(dtype))
     dy = gradient_of(cast)
     found = run(call, case, dy)
-    expected = run(TRITON, cast, dy)
+    expected = run(OURS, cast, dy)
     assert found["y"].dtype == dtype
     assert {n: t.dtype for n, t in found.items() if n != "y"} == dict.fromkeys(
         ("dx", "dweight", "dalpha", "dbeta"), torch.float32
@@ -104,6 +100,6 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_autocast_leaves_float64_alone() -> None:
     case = gpu_case(dtype=torch.float64)
     with torch.autocast("cuda", torch.bfloat16):
-        y = TRITON(case)
+        y = OURS(case)
     assert y.dtype == torch.float64
-    assert torch.equal(y, TRITON(case))
+    assert torch.equal(y, OURS(case))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, DTYPES, IDS, TRITON, gpu_case, gradient_of, on_device
+from gpu_helpers import DEVICE, DTYPES, IDS, OURS, gpu_case, gradient_of, on_device
 from helpers import Case, Results, assert_equal, make_lengths, pack, run
 
 REPEATS = 100
@@ -39,7 +39,7 @@ def fresh(case: Case) -> Case:
 def repeat(case: Case, dy: torch.Tensor, first: Results, what: str) -> None:
     for i in range(REPEATS):
         again = fresh(case) if i % 10 == 0 else case
-        assert_equal(run(TRITON, again, dy), first, f"in repeat {i} ({what})")
+        assert_equal(run(OURS, again, dy), first, f"in repeat {i} ({what})")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
@@ -47,7 +47,7 @@ def repeat(case: Case, dy: torch.Tensor, first: Results, what: str) -> None:
 def test_a_hundred_repeats(name: str, dtype: torch.dtype) -> None:
     case = case_of(name, dtype)
     dy = gradient_of(case)
-    repeat(case, dy, run(TRITON, case, dy), name)
+    repeat(case, dy, run(OURS, case, dy), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], **IDS)
@@ -55,7 +55,7 @@ def test_a_hundred_repeats_beside_a_busy_stream(dtype: torch.dtype) -> None:
     """Products on a second stream take multiprocessors away at moments that differ from run to run."""
     chosen = {name: case_of(name, dtype) for name in ("many sets", "long bag", "uneven, packed")}
     gradients = {name: gradient_of(case) for name, case in chosen.items()}
-    first = {name: run(TRITON, case, gradients[name]) for name, case in chosen.items()}
+    first = {name: run(OURS, case, gradients[name]) for name, case in chosen.items()}
     torch.cuda.synchronize()
     busy = torch.cuda.Stream()
     a = torch.randn(2048, 2048, device=DEVICE)
@@ -66,7 +66,7 @@ def test_a_hundred_repeats_beside_a_busy_stream(dtype: torch.dtype) -> None:
             for _ in range(4):
                 torch.mm(a, a, out=product)
         for name, case in chosen.items():
-            assert_equal(run(TRITON, case, gradients[name]), first[name], f"in repeat {i} ({name})")
+            assert_equal(run(OURS, case, gradients[name]), first[name], f"in repeat {i} ({name})")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
@@ -75,15 +75,15 @@ def test_frozen_features(dtype: torch.dtype) -> None:
         case = case_of(name, dtype)
         dy = gradient_of(case)
         wanted = ("weight", "alpha", "beta")
-        first = run(TRITON, case, dy, wanted)
+        first = run(OURS, case, dy, wanted)
         for i in range(10):
-            assert_equal(run(TRITON, fresh(case), dy, wanted), first, f"in repeat {i} ({name})")
+            assert_equal(run(OURS, fresh(case), dy, wanted), first, f"in repeat {i} ({name})")
 
 
 def test_the_comparison_sees_one_bit() -> None:
     """The control of the tests above."""
     case = gpu_case()
-    results = run(TRITON, case)
+    results = run(OURS, case)
     changed = results["y"].clone()
     changed.view(torch.int32)[0, 0, 0] ^= 1
     with pytest.raises(AssertionError, match="y differs"):

@@ -10,7 +10,7 @@ from gpu_helpers import (
     DEVICE,
     DTYPES,
     IDS,
-    TRITON,
+    OURS,
     check,
     gpu_case,
     gradient_of,
@@ -80,7 +80,7 @@ def test_nothing_but_empty_sets(weighting: str) -> None:
     """z = 0, so that y is the direction of beta; every gradient is finite."""
     with on_device():
         case = gpu_case(weighting=weighting).replace(lengths=torch.zeros(5, dtype=torch.int64))
-    results = run(TRITON, case, gradient_of(case))
+    results = run(OURS, case, gradient_of(case))
     assert case.beta is not None
     n, m = case.cluster_size, case.x.size(-1)
     expected = (case.beta.sign() / (n * m) ** 0.5)[None, :, None].expand(5, n, m)
@@ -93,7 +93,7 @@ def test_nothing_but_empty_sets(weighting: str) -> None:
 def test_nothing_at_all(shape: tuple[int, int]) -> None:
     B, L = shape
     case = gpu_case(B=B, L=L)
-    results = run(TRITON, case, gradient_of(case))
+    results = run(OURS, case, gradient_of(case))
     assert results["y"].shape == (B, 11, 67)
     assert results["dx"].shape == (B, L, 67)
     assert all(t.isfinite().all() for t in results.values())
@@ -108,7 +108,7 @@ def test_what_stands_in_padding_has_no_influence(
 ) -> None:
     case = gpu_case(B=6, L=70, weighting=weighting, layout=layout, dtype=dtype, empty=True)
     dy = gradient_of(case)
-    expected = run(TRITON, case, dy)
+    expected = run(OURS, case, dy)
     if layout == "packed":
         assert case.offsets is not None
         excluded = torch.arange(case.x.size(0), device=DEVICE) >= case.offsets[-1]
@@ -123,7 +123,7 @@ def test_what_stands_in_padding_has_no_influence(
     if case.scores is not None:
         where = excluded[:, None].expand(case.scores.shape) if layout != "packed" else excluded
         case.scores = case.scores.masked_fill(where, poison)
-    results = run(TRITON, case, dy)
+    results = run(OURS, case, dy)
     assert_equal(results, expected, f"with {poison} in excluded positions")
     assert int(results["dx"][excluded].count_nonzero()) == 0
 
@@ -151,7 +151,7 @@ def test_float32_parameters_beside_half_features(dtype: torch.dtype) -> None:
         case = gpu_case(dtype=dtype, weighting=weighting)
         names = [n for n in ("alpha", "beta", "position_bias", "scores") if getattr(case, n) is not None]
         case = case.replace(**{n: getattr(case, n).float() for n in names})
-        results = run(TRITON, case, gradient_of(case))
+        results = run(OURS, case, gradient_of(case))
         assert results["y"].dtype == dtype
         for n in names:
             assert results[f"d{n}"].dtype == torch.float32
@@ -171,4 +171,4 @@ def test_lengths_out_of_range_are_clamped(wild: list[int]) -> None:
     case = gpu_case().replace(lengths=lengths.to(DEVICE))
     tame = case.replace(lengths=lengths.clamp(0, 23).to(DEVICE))
     dy = gradient_of(case)
-    assert_equal(run(TRITON, case, dy), run(TRITON, tame, dy), "between wild and clamped lengths")
+    assert_equal(run(OURS, case, dy), run(OURS, tame, dy), "between wild and clamped lengths")

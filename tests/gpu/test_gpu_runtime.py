@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, IDS, TRITON, gpu_case, gradient_of, leaves_of, moved, need_memory
+from gpu_helpers import DEVICE, IDS, OURS, gpu_case, gradient_of, leaves_of, moved, need_memory
 from helpers import LAYOUTS, WEIGHTINGS, Case, Results, assert_equal, assert_near, run, truth
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -28,12 +28,12 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_graph_of_the_forward(name: str, dtype: torch.dtype) -> None:
     first, second = gpu_case(**NAMED[name], dtype=dtype), gpu_case(**NAMED[name], dtype=dtype)
-    expected = [run(TRITON, case)["y"] for case in (first, second)]
+    expected = [run(OURS, case)["y"] for case in (first, second)]
     assert not torch.equal(*expected)
     static = first.replace(**{n: t.clone() for n, t in first.floats().items()})
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        y = TRITON(static)
+        y = OURS(static)
     for case, direct in zip((second, first), reversed(expected), strict=True):
         for n, t in static.floats().items():
             t.copy_(getattr(case, n))
@@ -47,10 +47,10 @@ def test_graph_of_a_training_step(name: str, dtype: torch.dtype) -> None:
     case, other = gpu_case(**NAMED[name], dtype=dtype), gpu_case(**NAMED[name], dtype=dtype)
     static, leaves = leaves_of(case)
     dy, other_dy = gradient_of(case), gradient_of(other)
-    expected = run(TRITON, other, other_dy)
+    expected = run(OURS, other, other_dy)
 
     def step() -> tuple[Tensor, ...]:
-        y = TRITON(static)
+        y = OURS(static)
         return (y, *torch.autograd.grad(y, leaves, dy))
 
     side = torch.cuda.Stream()
@@ -78,14 +78,14 @@ def test_current_stream_is_honoured() -> None:
     """x is written late on a side stream: a kernel on any other stream would read NaN."""
     case = gpu_case(B=64, L=25, M=512, N=32)
     dy = gradient_of(case)
-    expected = run(TRITON, case, dy)
+    expected = run(OURS, case, dy)
     late = case.replace(x=torch.full_like(case.x, float("nan")))
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(200_000_000)
         late.x.copy_(case.x)
-        found = run(TRITON, late, dy)
+        found = run(OURS, late, dy)
     side.synchronize()
     assert_equal(found, expected, "on a side stream")
 
@@ -98,11 +98,11 @@ def test_other_device() -> None:
     dy = gradient_of(case)
     there = moved(case, "cuda:1")
     assert torch.cuda.current_device() == 0
-    found = run(TRITON, there, dy.to("cuda:1"))
+    found = run(OURS, there, dy.to("cuda:1"))
     assert torch.cuda.current_device() == 0
     assert all(t.device == torch.device("cuda:1") for t in found.values())
     with torch.cuda.device(1):
-        expected = run(TRITON, there, dy.to("cuda:1"))
+        expected = run(OURS, there, dy.to("cuda:1"))
     assert_equal(found, expected, "between current devices")
 
 
@@ -110,7 +110,7 @@ def test_operands_of_two_devices_are_refused() -> None:
     case = gpu_case()
     assert case.weight is not None
     with pytest.raises(ValueError, match="weight must be on the device of x"):
-        TRITON(case.replace(weight=case.weight.cpu()))
+        OURS(case.replace(weight=case.weight.cpu()))
 
 
 # Precision of float32 products
@@ -128,7 +128,7 @@ def precision(setting: str) -> Iterator[None]:
 
 def relative_errors(case: Case, dy: Tensor) -> dict[str, float]:
     """Root-mean-square errors against float64."""
-    found = run(TRITON, case, dy)
+    found = run(OURS, case, dy)
     with DEVICE:
         exact = run(truth, case.to(torch.float64), dy.double())
     return {n: float((t.double() - exact[n]).norm() / exact[n].norm()) for n, t in found.items()}
@@ -154,9 +154,9 @@ def test_float64_never_uses_less(L: int) -> None:
     case = gpu_case(B=4, L=L, M=256, N=16, dtype=torch.float64)
     dy = gradient_of(case)
     with precision("highest"):
-        full = run(TRITON, case, dy)
+        full = run(OURS, case, dy)
     with precision("high"):
-        assert_equal(run(TRITON, case, dy), full, "between precisions")
+        assert_equal(run(OURS, case, dy), full, "between precisions")
 
 
 # Synchronisation and launches
@@ -178,11 +178,11 @@ def test_nothing_synchronises(weighting: str, layout: str) -> None:
     """Packed sets without max_length included: no length is ever read on the host."""
     case = gpu_case(B=9, L=80, M=256, N=16, weighting=weighting, layout=layout, dtype=torch.bfloat16)
     dy = gradient_of(case)
-    expected = run(TRITON, case, dy)
+    expected = run(OURS, case, dy)
     with no_synchronisation():
-        found = run(TRITON, case, dy)
+        found = run(OURS, case, dy)
         with torch.no_grad():
-            TRITON(case)
+            OURS(case)
     assert_equal(found, expected, "without synchronisation")
 
 
@@ -198,11 +198,11 @@ def test_max_length_changes_no_result(bound: int) -> None:
 
     def bounded(c: Case) -> Tensor:
         return fastac.attention_cluster(
-            c.x, c.weight, c.alpha, c.beta, offsets=c.offsets, max_length=bound, backend="triton"
+            c.x, c.weight, c.alpha, c.beta, offsets=c.offsets, max_length=bound, backend=OURS.name
         )
 
     dy = gradient_of(case)
-    assert_near(run(bounded, case, dy), run(TRITON, case, dy), torch.float32, eps=64)
+    assert_near(run(bounded, case, dy), run(OURS, case, dy), torch.float32, eps=64)
 
 
 def device_events(function: Callable[[], object]) -> list[str]:
@@ -231,12 +231,12 @@ def test_launches_of_a_call(name: str, dtype: torch.dtype) -> None:
     case = gpu_case(**NAMED[name], dtype=dtype)
     dy = gradient_of(case)
     with torch.no_grad():
-        seen = device_events(lambda: TRITON(case))
+        seen = device_events(lambda: OURS(case))
     assert len(seen) == 1, seen
     for wanted in (None, ("weight", "alpha", "beta")):
         with_leaves, leaves = leaves_of(case, wanted)
-        y = TRITON(with_leaves)
-        seen = device_events(lambda c=with_leaves: TRITON(c))  # type: ignore[misc]
+        y = OURS(with_leaves)
+        seen = device_events(lambda c=with_leaves: OURS(c))  # type: ignore[misc]
         assert len(seen) == 1, seen
         seen = device_events(
             lambda y=y, leaves=leaves: torch.autograd.grad(y, leaves, dy, retain_graph=True)  # type: ignore[misc]
@@ -260,7 +260,7 @@ def compiled(case: Case, backend: object) -> Callable[[Case], Tensor]:
     empty = case.replace(**{n: None for n in names if n != "x"})
 
     def function(*tensors: Tensor) -> Tensor:
-        return TRITON(empty.replace(**dict(zip(names, tensors, strict=True))))
+        return OURS(empty.replace(**dict(zip(names, tensors, strict=True))))
 
     fast = torch.compile(function, fullgraph=True, backend=backend)  # type: ignore[call-overload]
     return lambda c: fast(*(getattr(c, n) for n in names))
@@ -273,17 +273,18 @@ def test_compile_without_graph_breaks(weighting: str, layout: str) -> None:
     case = gpu_case(weighting=weighting, layout=layout, dtype=torch.bfloat16)
     dy = gradient_of(case)
     fast = compiled(case, "aot_eager")
-    assert_near(run(fast, case, dy), run(TRITON, case, dy), torch.bfloat16)
-    assert_near(run(fast, case), run(TRITON, case), torch.bfloat16)
+    assert_near(run(fast, case, dy), run(OURS, case, dy), torch.bfloat16)
+    assert_near(run(fast, case), run(OURS, case), torch.bfloat16)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compile_with_inductor() -> None:
     """The default backend, with work around the operator to fuse."""
     case = gpu_case(B=16, L=25, M=256, N=16)
+    name = OURS.name
 
     def model(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        y = fastac.attention_cluster(x.relu() + 1, weight, alpha, beta, backend="triton")
+        y = fastac.attention_cluster(x.relu() + 1, weight, alpha, beta, backend=name)
         return (y * 2).sin()
 
     results = []
@@ -303,7 +304,7 @@ def test_few_compilations_for_all_lengths(layout: str) -> None:
     for L in (25, 7, 64, 131, 300):
         case = gpu_case(L=L, layout=layout)
         dy = gradient_of(case)
-        assert_near(run(fast, case, dy), run(TRITON, case, dy), torch.float32)
+        assert_near(run(fast, case, dy), run(OURS, case, dy), torch.float32)
     assert 1 <= counter.frame_count <= 2
 
 
@@ -333,12 +334,12 @@ def test_more_than_two_to_the_31_elements(B: int, L: int, M: int, N: int) -> Non
     assert max(B * L * M, B * N * M) > 2**31
     dy = torch.randn(B, N, M, device=DEVICE, dtype=torch.bfloat16)
     x = case.x.requires_grad_()
-    y = TRITON(case.replace(x=x))
+    y = OURS(case.replace(x=x))
     (dx,) = torch.autograd.grad(y, x, dy)
     case.x.requires_grad_(False)
     few = 4 if B > 4 else 1
     alone = last_sets(case, few)
-    expected = run(TRITON, alone, dy[-few:].clone(), ("x",))
+    expected = run(OURS, alone, dy[-few:].clone(), ("x",))
     found = {"y": y.detach()[-few:].clone(), "dx": dx[-few:].clone()}
     assert_near(found, expected, torch.bfloat16, eps=4)
 
@@ -349,9 +350,9 @@ def test_more_than_two_to_the_31_packed_elements() -> None:
     cuts = [0, 100, 2_199_000, 2_199_700, 2_200_000]
     packed = case.replace(x=case.x[0], offsets=torch.tensor(cuts, device=DEVICE))
     dy = torch.randn(4, 2, 1024, device=DEVICE, dtype=torch.bfloat16)
-    found = run(TRITON, packed, dy, ("x",))
+    found = run(OURS, packed, dy, ("x",))
     tail = torch.tensor([0, 700, 1000], device=DEVICE)
     alone = packed.replace(x=packed.x[2_199_000:].clone(), offsets=tail)
-    expected = run(TRITON, alone, dy[2:].clone(), ("x",))
+    expected = run(OURS, alone, dy[2:].clone(), ("x",))
     found = {"y": found["y"][2:].clone(), "dx": found["dx"][2_199_000:].clone()}
     assert_near(found, expected, torch.bfloat16, eps=4)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gpu_helpers import DTYPES, IDS, TRITON, gpu_case, gradient_of, on_device
+from gpu_helpers import DTYPES, IDS, OURS, gpu_case, gradient_of, on_device
 from helpers import WEIGHTINGS, Case, Results, assert_near, run, term_sizes
 from torch import Tensor
 
@@ -43,7 +43,7 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 def hold(case: Case, dy: Tensor, expected: Results, of: Case, dy_of: Tensor) -> None:
     with on_device():
         terms = term_sizes(of, dy_of)
-    assert_near(run(TRITON, case, dy), expected, case.x.dtype, eps=4, terms=terms)
+    assert_near(run(OURS, case, dy), expected, case.x.dtype, eps=4, terms=terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
@@ -53,7 +53,7 @@ def test_operands(weighting: str, change: str, dtype: torch.dtype) -> None:
     for layout in ("mask", "packed"):
         case = gpu_case(weighting=weighting, layout=layout, dtype=dtype)
         dy = gradient_of(case)
-        expected = run(TRITON, case, dy)
+        expected = run(OURS, case, dy)
         everything = case.replace(**{n: CHANGES[change](t) for n, t in case.floats().items()})
         hold(everything, CHANGES[change](dy), expected, case, dy)
         if layout == "mask":
@@ -73,7 +73,7 @@ def test_stride_zero_gradient(weighting: str, dtype: torch.dtype) -> None:
         for expanded in gradients:
             assert 0 in expanded.stride()
             whole = expanded.contiguous()
-            hold(case, expanded, run(TRITON, case, whole), case, whole)
+            hold(case, expanded, run(OURS, case, whole), case, whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
@@ -84,14 +84,14 @@ def test_one_set_for_all(dtype: torch.dtype) -> None:
     assert wide.x.stride(0) == 0
     dy = gradient_of(wide)
     whole = wide.replace(x=wide.x.contiguous())
-    hold(wide, dy, run(TRITON, whole, dy), whole, dy)
+    hold(wide, dy, run(OURS, whole, dy), whole, dy)
 
 
 def test_sum_backward_fills_the_leaf() -> None:
     case = gpu_case(shift=False)
     x = case.x.clone().requires_grad_()
-    TRITON(case.replace(x=x)).sum().backward()
+    OURS(case.replace(x=x)).sum().backward()
     assert x.grad is not None
     ones = torch.ones_like(gradient_of(case))
-    hold(case, ones, run(TRITON, case, ones), case, ones)
-    torch.testing.assert_close(x.grad, run(TRITON, case, ones)["dx"])
+    hold(case, ones, run(OURS, case, ones), case, ones)
+    torch.testing.assert_close(x.grad, run(OURS, case, ones)["dx"])

@@ -6,6 +6,7 @@ target pragma, vector width and tile sizes cannot differ from the library's.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -37,6 +39,13 @@ def compiler() -> list[str]:
     return found
 
 
+def asked(cxx: Sequence[str], *arguments: str) -> str:
+    """What the compiler answers."""
+    environment = {**os.environ, "LD_PRELOAD": ""}
+    command = [*cxx, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 def probe_source(isa: str) -> str:
     """csrc/cpu/<isa>.cpp with probes instead of the kernels and of their table."""
     text = (ROOT / "csrc" / "cpu" / f"{isa}.cpp").read_text()
@@ -55,6 +64,11 @@ def probe_source(isa: str) -> str:
     return text.replace(first, f'{first}#include "probes.h"\n')
 
 
+def escaped(path: Path) -> str:
+    """A path as ninja wants it in a build line."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_file(cxx: list[str], library: str) -> str:
     include = [ROOT / "csrc", ROOT / "csrc" / "cpu", HERE]
     system = [pybind11.get_include(), sysconfig.get_path("include")]
@@ -65,7 +79,7 @@ def ninja_file(cxx: list[str], library: str) -> str:
         f"  command = {shlex.join(cxx)} {FLAGS} $optimize {folders} -c $in -o $out",
         "rule link",
         f"  command = {shlex.join(cxx)} -shared $in -o $out",
-        f"build harness.o: compile {str(HERE / 'harness.cpp').replace(' ', '$ ').replace(':', '$:')}",
+        f"build harness.o: compile {escaped(HERE / 'harness.cpp')}",
         "  optimize = -O1",
     ]
     for isa in ISAS:
@@ -73,34 +87,62 @@ def ninja_file(cxx: list[str], library: str) -> str:
     return "\n".join([*lines, f"build {library}: link {objects}", f"default {library}", ""])
 
 
-def build() -> Path:
-    """The built module in build/native, under a name that stands for all it was made from."""
-    cxx = compiler()
-    version = subprocess.run([*cxx, "--version"], capture_output=True, text=True, check=True).stdout
-    library = "harness" + sysconfig.get_config_var("EXT_SUFFIX")
-    files = sorted(
-        p for p in [*HERE.iterdir(), *(ROOT / "csrc").rglob("*")] if p.suffix in (".cpp", ".h", ".py")
-    )
-    key = hashlib.sha256(repr((version, cxx, pybind11.__version__, library, str(ROOT))).encode())
-    for file in files:
-        key.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    folder = ROOT / "build" / "native" / key.hexdigest()[:16]
-    if not (folder / library).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own and moved when complete, so that two runs at a time do not meet.
+def build_once(
+    group: str,
+    library: str,
+    plan: str,
+    files: Iterable[Path],
+    key: str,
+    generated: Mapping[str, str] | None = None,
+) -> Path:
+    """`library`, built in build/<group> by the ninja file `plan`.
+
+    Its folder's name stands for all it was made from: the plan, `key`, the generated sources and the files.
+    """
+    texts = dict(generated or {}) | {"build.ninja": plan}
+    digest = hashlib.sha256(repr((key, library, sorted(texts.items()))).encode())
+    for file in sorted(set(files)):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    folder = ROOT / "build" / group / digest.hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes of a test run, one builds
+        if (folder / library).exists():
+            return folder / library
+        # In a folder of its own and moved when complete, so that a build that is broken off leaves nothing.
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            for isa in ISAS:
-                (Path(temporary) / f"{isa}.cpp").write_text(probe_source(isa))
-            (Path(temporary) / "build.ninja").write_text(ninja_file(cxx, library))
+            for name, text in texts.items():
+                (Path(temporary) / name).write_text(text)
             command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", temporary]
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+                command,
+                env={**os.environ, "LD_PRELOAD": ""},  # which is for Python, under a sanitizer
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
             )
             if done.returncode != 0:
                 raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout}")
             folder.mkdir(exist_ok=True)
             (Path(temporary) / library).replace(folder / library)
     return folder / library
+
+
+def build() -> Path:
+    """The built module in build/native."""
+    cxx = compiler()
+    library = "harness" + sysconfig.get_config_var("EXT_SUFFIX")
+    folders = (HERE, ROOT / "csrc", ROOT / "csrc" / "cpu")
+    files = [p for folder in folders for p in folder.iterdir() if p.suffix in (".cpp", ".h", ".py")]
+    return build_once(
+        "native",
+        library,
+        ninja_file(cxx, library),
+        files,
+        asked(cxx, "--version") + pybind11.__version__,
+        {f"{isa}.cpp": probe_source(isa) for isa in ISAS},
+    )
 
 
 def load() -> ModuleType:
