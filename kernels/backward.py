@@ -64,29 +64,6 @@ def _shift_gradients(mean, ones, offset, alpha, beta, norm, c, M, EPS: tl.conste
     return tl.where(through_beta, -beta * divide(dbeta, safe, ACC), dalpha), dbeta
 
 
-@triton.jit
-def _mixing(
-    mix_ptr, ds_ptr, coefficient_ptr, mix_at, n, valid, units,
-    WITH_Y: tl.constexpr, WEIGHTING: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Factors of dY and W in dX: A and dS [BL, BN], each as `narrow` makes it. Then the same for y,
-    A times its coefficient; or for float32 and float64 that coefficient [1, BN], as y is taken off dY first.
-    """
-    a = load_tile(mix_ptr, mix_at, n, 1, 1, valid, units)
-    a_h, a_scale = narrow(a, DTYPE)
-    ds_h, ds_scale = a_h, a_scale
-    if WEIGHTING == LINEAR:
-        ds_h, ds_scale = narrow(load_tile(ds_ptr, mix_at, n, 1, 1, valid, units), DTYPE)
-    of_y, y_scale = a_h, a_scale
-    if WITH_Y:
-        coefficient = tl.load(coefficient_ptr + n, units, other=0)[None, :]
-        if DTYPE == tl.float16 or DTYPE == tl.bfloat16:
-            of_y, y_scale = narrow(a * coefficient, DTYPE)
-        else:
-            of_y = coefficient
-    return a_h, a_scale, ds_h, ds_scale, of_y, y_scale
-
-
 @triton.jit(
     do_not_specialize=[
         "batch",
@@ -176,8 +153,8 @@ def backward_blocks(
                     if WEIGHTING == LINEAR and not SAVED:
                         w = load_tile(weight_ptr, n, cols, weight_n, weight_m, units, there)
                         s += tl.dot(w, tl.trans(x), input_precision=PRECISION, out_dtype=ACC)
-                    if SUBTRACTED:
-                        x = tl.where(there[None, :], x - rho[:, None], 0.0).to(DTYPE)
+                    if not HALF:
+                        x = tl.where(valid[:, None] & there[None, :], x - rho[:, None], 0.0)
                     x_t = tl.trans(x)
                     p += tl.dot(dy, x_t, input_precision=PRECISION, out_dtype=ACC)
                     dy_sum += tl.sum(dy.to(ACC), axis=1)
@@ -187,14 +164,16 @@ def backward_blocks(
                         y_sum += tl.sum(y.to(ACC), axis=1)
                         y_dy += tl.sum(y.to(ACC) * dy.to(ACC), axis=1)
                     if GRAM and SHIFT:
-                        gram += tl.dot(x, x_t, input_precision=PRECISION, out_dtype=ACC)
+                        if HALF:
+                            x = tl.where(there[None, :], x - rho[:, None], 0.0).to(DTYPE)
+                        gram += tl.dot(x, tl.trans(x), input_precision=PRECISION, out_dtype=ACC)
                         x_sum += tl.sum(x.to(ACC), axis=1)
                 # Triton's compiler wants one use of each sum that a loop made.
                 dy_sum += 0.0
                 y_sum += 0.0
                 y_dy += 0.0
                 x_sum += 0.0
-                if not SUBTRACTED:  # the products were with x itself
+                if HALF:  # the products were with x itself
                     p -= dy_sum[:, None] * rho[None, :]
                     y_x -= y_sum[:, None] * rho[None, :]
                 if SAVED:
@@ -300,59 +279,39 @@ def backward_blocks(
                 tl.store(at, zero, (n < N)[:, None] & inside[None, :])
 
         if NEED_X:
-            ds_ptr = mix_ptr + wide(rows) * N
-            coefficient_ptr = means_ptr + set_n
+            gram_h, gram_scale = narrow(gram_mix, DTYPE)
+            if GRAM and HALF:
+                if not SAVED:  # there are registers to keep it where no scores are multiplied
+                    rho = tl.load(pivots_ptr + row + l, valid, other=0)
+                gram_ones -= tl.sum(gram_h.to(ACC) * gram_scale * rho[None, :], axis=1)
             units_there = tl.where(work, N, 0)
-            if ONE_UNIT_BLOCK:  # the same for all features
-                n = tl.arange(0, BLOCK_N).to(tl.int64)
-                a_h, a_scale, ds_h, ds_scale, of_y, y_scale = _mixing(
-                    mix_ptr,
-                    ds_ptr,
-                    coefficient_ptr,
-                    mix_at,
-                    n,
-                    valid,
-                    n < units_there,
-                    WITH_Y,
-                    WEIGHTING,
-                    DTYPE,
-                )
-            if GRAM:
-                gram_h, gram_scale = narrow(gram_mix, DTYPE)
-                rho = tl.load(pivots_ptr + row + l, valid, other=0)  # not held in registers until here
             for m0 in range(0, M, BLOCK_M):
                 cols, there = columns(m0, M, BLOCK_M)
                 dx = tl.zeros([BLOCK_L, BLOCK_M], ACC)
                 for n0 in range(0, 1 if ONE_UNIT_BLOCK else units_there, BLOCK_N):
                     n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)
                     units = n < units_there
-                    if not ONE_UNIT_BLOCK:
-                        a_h, a_scale, ds_h, ds_scale, of_y, y_scale = _mixing(
-                            mix_ptr,
-                            ds_ptr,
-                            coefficient_ptr,
-                            mix_at,
-                            n,
-                            valid,
-                            units,
-                            WITH_Y,
-                            WEIGHTING,
-                            DTYPE,
-                        )
                     dy = load_tile(dy_ptr + wide(b) * dy_b, n, cols, dy_n, dy_m, units, there)
+                    a = load_tile(mix_ptr, mix_at, n, 1, 1, valid, units)  # [BL, BN]
                     if WITH_Y:
                         y = load_tile(y_ptr + set_n * M, n, cols, M, 1, units, there)
+                        coefficient = tl.load(means_ptr + set_n + n, units, other=0)
                         if HALF:
-                            dx -= product(of_y, y_scale, y, ACC, PRECISION)
+                            a_y, a_y_scale = narrow(a * coefficient[None, :], DTYPE)
+                            dx -= product(a_y, a_y_scale, y, ACC, PRECISION)
                         else:
-                            dy = dy - tl.trans(of_y) * y
+                            dy = dy - coefficient[:, None] * y
+                    a_h, a_scale = narrow(a, DTYPE)
                     dx += product(a_h, a_scale, dy, ACC, PRECISION)  # Aᵀ dU / c
                     if WEIGHTING == LINEAR:
                         w = load_tile(weight_ptr, n, cols, weight_n, weight_m, units, there)
+                        ds = load_tile(mix_ptr + wide(rows) * N, mix_at, n, 1, 1, valid, units)
+                        ds_h, ds_scale = narrow(ds, DTYPE)
                         dx += product(ds_h, ds_scale, w, ACC, PRECISION)  # dSᵀ W
                 if GRAM and SHIFT:
                     x = load_tile(base, l, cols, x_l, x_m, valid, there)
-                    x = tl.where(there[None, :], x - rho[:, None], 0.0).to(DTYPE)
+                    if not HALF:
+                        x = tl.where(valid[:, None] & there[None, :], x - rho[:, None], 0.0)
                     dx -= product(gram_h, gram_scale, x, ACC, PRECISION) + gram_ones[:, None]
                 at = dx_ptr + (row + l)[:, None] * M + cols[None, :]
                 dx = tl.where(valid[:, None], dx, 0.0)

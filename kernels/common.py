@@ -199,11 +199,12 @@ def set_pivot(
 
 @triton.jit
 def divide(a, b, ACC: tl.constexpr):
-    """a / b, correctly rounded."""
-    if ACC == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
+    """a / b. A correctly rounded float32 quotient is a function call, around which registers spill."""
+    q = a / b  # within 2 ulp in float32
+    if ACC != tl.float64:
+        better = tl.fma(tl.fma(-q, b, a), 1.0 / b, q)
+        q = tl.where(tl.abs(better) < float("inf"), better, q)
+    return q
 
 
 @triton.jit
@@ -224,8 +225,9 @@ def is_normalised(norm, EPS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def root(a, ACC: tl.constexpr):
-    """The square root, correctly rounded."""
-    if ACC == tl.float64:
-        return tl.sqrt(a)
-    else:
-        return tl.sqrt_rn(a)
+    """The square root; as for `divide`."""
+    found = tl.sqrt(a)
+    if ACC != tl.float64:
+        better = tl.fma(tl.fma(-found, found, a), 0.5 / found, found)
+        found = tl.where(tl.abs(better) < float("inf"), better, found)
+    return found

@@ -135,14 +135,14 @@ def _tile(value: int, largest: int) -> int:
     return min(max(power_of_two(value), SMALLEST), largest)
 
 
-def _block_m(tile_rows: int, itemsize: int, features: int, stages: int, unrolled: int = 32) -> int:
+def _block_m(tile_rows: int, itemsize: int, features: int, stages: int) -> int:
     """Features of a tile: as many as `SHARED` allows with `stages` tiles in flight, 32 … 128.
 
     Full float32 has no matrix instruction, nor float64 on some GPUs: such products are unrolled over
-    registers, which hold `unrolled` features.
+    registers, which hold 32 features.
     """
     if itemsize > 2:
-        return min(unrolled, _tile(features, 128))
+        return _tile(features, 32)
     room = SHARED // (stages * tile_rows * itemsize)
     return min(max(1 << max(room.bit_length() - 1, 0), 32), _tile(features, 128))
 
@@ -189,6 +189,8 @@ def neighbours(config: Config, itemsize: int, kernel: str = "forward") -> list[C
     """
     found = [config]
     tile_rows = config.block_l + config.block_n * (2 if kernel == "backward" else 1)
+    # A or dS, in float32 at least, comes in stages too.
+    factor = config.block_l * config.block_n * max(itemsize, 4) if kernel == "backward" else 0
     for change in (
         {"block_m": config.block_m * 2},
         {"block_m": config.block_m // 2},
@@ -199,7 +201,7 @@ def neighbours(config: Config, itemsize: int, kernel: str = "forward") -> list[C
     ):
         other = dataclasses.replace(config, **change)
         sensible = min(32, config.block_m) <= other.block_m <= 256 and other.warps in (2, 4, 8)
-        fits = other.stages * other.block_m * tile_rows * itemsize <= 2 * SHARED
+        fits = other.stages * (other.block_m * tile_rows * itemsize + factor) <= 2 * SHARED
         if sensible and fits and other.stages >= 1 and (kernel != "reduce" or "block_m" not in change):
             found.append(other)
     return found
@@ -227,21 +229,29 @@ def backward_plan(p: Problem) -> BackwardPlan:
     """How a backward pass is launched."""
     block_l = _tile(p.longest, LONGEST_BACKWARD[p.itemsize])
     split, blocks, all_blocks = _blocks(p, block_l)
-    block_n = _tile(p.units, UNITS_BACKWARD[p.itemsize])
+    block_n = _tile(p.units, UNITS_BACKWARD[p.itemsize] // (2 if block_l > 32 else 1))
     # The Gram form saves reading y, N M elements, and costs 2 L² M operations for every block of units.
     gram = p.itemsize in GRAM and p.shift and not split and p.weighting != "average"
-    gram = gram and block_l <= LONGEST_GRAM and p.longest <= 2 * p.units
-    gram = gram and p.units <= (32 if p.kept else block_n)  # more do not fit the registers
-    tile_rows = block_l + 2 * block_n
-    stages = 1 if p.itemsize == 8 or p.relaxed else 2
-    block_m = _block_m(tile_rows, p.itemsize, p.features, stages, unrolled=16)
-    if gram:
-        block_m, stages = min(block_m, 32), 3  # in flight as much as 64 with 2, in fewer registers
-    warps = 8 if gram or block_l * block_n >= 2048 or p.itemsize == 4 else 4
+    gram = gram and block_l <= LONGEST_GRAM and p.longest <= 2 * p.units and p.features > 16
+    tight = p.kept or (p.weighting == "scores" and p.layout == "mask")
+    gram = gram and p.units <= (32 if tight else block_n)  # more do not fit the registers
+    # Of all configurations, compiled by `make aot AOT_ARGS=--all`, the largest whose registers do not spill
+    if p.itemsize == 2:
+        stages, warps = 3 if gram else 2, 8 if gram or block_l * block_n >= 2048 else 4
+        block_m = 32
+        if block_l <= 32:
+            block_m = _block_m(block_l + 2 * block_n, 2, p.features, stages)
+            block_m = min(block_m, 32) if gram else block_m
+            if p.features % 8 != 0:  # no 16-byte copies: features come through registers
+                block_m = max(block_m // 2, SMALLEST)
+    else:
+        stages, warps = 1, 8 if p.itemsize == 4 and not p.relaxed else 4
+        block_m = _tile(p.features, 16 if p.itemsize == 4 else 32)
     config = _best("backward", p, Config(block_l, block_n, block_m, warps, stages))
 
     step = ROWS[p.itemsize]
     block_n = _tile(p.units, UNITS[p.itemsize])
+    stages = 1 if p.itemsize == 8 or p.relaxed else 2
     block_m = _block_m(step + block_n, p.itemsize, p.features, stages)
     reduce = _best("reduce", p, Config(step, block_n, block_m, 4 if p.itemsize == 2 else 8, stages))
     tiles = math.ceil(p.units / reduce.block_n) * math.ceil(p.features / reduce.block_m)

@@ -116,6 +116,10 @@ def test_the_gram_form_is_for_short_sets_and_half_types() -> None:
     assert not plan.backward_plan(padded("kinetics-rgb", shift=False)).gram
     assert not plan.backward_plan(padded("kinetics-rgb", units=8)).gram  # L² against N: y is the smaller part
     assert not plan.backward_plan(padded("kinetics-rgb", length=33, longest=33)).gram
+    assert not plan.backward_plan(padded("kinetics-rgb", features=16)).gram  # nothing to save
+    masked = {"weighting": "scores", "layout": "mask"}  # with more than 32 units registers spill on sm_120
+    assert not plan.backward_plan(padded("kinetics-rgb", **masked)).gram
+    assert plan.backward_plan(padded("kinetics-rgb", units=32, **masked)).gram
 
 
 def test_a_measured_winner_is_taken_on_its_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
