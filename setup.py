@@ -114,7 +114,9 @@ def cuda_archs(nvcc: str) -> list[str]:
         return archs
     archs = [arch for arch in re.split(r"[;, ]+", text.strip()) if arch]
     if not archs or not all(re.fullmatch(r"([89]\d|1\d\d)[af]?", arch) for arch in archs):
-        raise SystemExit(f'fastac: FASTAC_CUDA_ARCHS must be a list such as "80;90", got {text!r}')
+        raise SystemExit(
+            f'fastac: FASTAC_CUDA_ARCHS must list GPUs from 80 on, such as "80;90", got {text!r}'
+        )
     return archs
 
 

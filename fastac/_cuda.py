@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _native
 
@@ -63,17 +64,37 @@ def emulated() -> bool:
 
 @functools.cache
 def limits(index: int | None) -> tuple[int, int]:
-    """Shared memory of a block in bytes, and capability, of a device; `ASSUMED` where there is no GPU."""
+    """Shared memory of a block in bytes, and capability, for which a device's plans are made.
+
+    The capability is that of what the library holds for the device, which may be an older GPU's PTX. Without
+    a GPU it is `ASSUMED`. Raises: RuntimeError if the library or the driver has nothing for the device.
+    """
     if not torch.cuda.is_available():
         return ASSUMED
-    found = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return shared, 10 * found.major + found.minor
+    shared, capability = torch.ops.fastac.cuda_limits(torch.cuda.current_device() if index is None else index)
+    return shared, capability
+
+
+@functools.cache
+def unusable(index: int | None) -> str | None:
+    """Why the library cannot run on a device, None if it can."""
+    try:
+        limits(index)
+    except RuntimeError as error:
+        # Torch puts a place in the sources before what was said.
+        return (
+            f"the CUDA library cannot run on this GPU: {str(error).splitlines()[0].rpartition('fastac: ')[2]}"
+        )
+    return None
 
 
 def in_vectors(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels can read rows of x, as a tensor of this dtype, 16 bytes at a time."""
-    if x.numel() > 0 and x.dtype == dtype and x.data_ptr() % 16 != 0:
+    """Whether the kernels can read rows of x, as a tensor of this dtype, 16 bytes at a time.
+
+    A fake tensor, which is nowhere, counts as aligned.
+    """
+    has_address = x.numel() > 0 and x.dtype == dtype and not isinstance(x, FakeTensor)
+    if has_address and x.data_ptr() % 16 != 0:
         return False
     *rows, columns = zip(x.shape, x.stride(), strict=True)
     contiguous = columns[0] <= 1 or columns[1] == 1

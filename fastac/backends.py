@@ -151,13 +151,30 @@ def _cuda(x: Tensor) -> str | None:
         return _cuda_library.why_not
     if x.device.type != "cuda":
         return f"x is on {x.device}, not on a CUDA device"
-    return _too_old(x.device.index)
+    return _too_old(x.device.index) or _unusable(x.device.index)
 
 
 @_constant
+def _unusable(index: int | None) -> str | None:
+    """Why the CUDA library cannot run on a CUDA device, None if it can."""
+    return _cuda_library.unusable(index)
+
+
 def _gpu_name(index: int | None) -> str:
     """Name of a CUDA device; empty without a GPU, where only fake tensors are on such a device."""
     return torch.cuda.get_device_name(index) if torch.cuda.is_available() else ""
+
+
+@_constant
+def _is_measured(index: int | None) -> bool:
+    """Whether cuda and triton were measured on a CUDA device."""
+    return bool(_cuda_library.measured().get(_gpu_name(index)))
+
+
+@_constant
+def _winner(index: int | None, calls: str) -> str | None:
+    """Which of cuda and triton measured faster with a class of calls on a CUDA device; None if none was."""
+    return _cuda_library.measured().get(_gpu_name(index), {}).get(calls)
 
 
 def _slower(name: str, x: Tensor) -> str | None:
@@ -165,11 +182,13 @@ def _slower(name: str, x: Tensor) -> str | None:
     other = "triton" if name == "cuda" else "cuda"
     if x.device.type != "cuda" or why_not(other, x) is not None or (other == "triton" and _triton_by_name(x)):
         return None
-    winners = _cuda_library.measured().get(_gpu_name(x.device.index))
-    winner = None if winners is None else winners.get(_cuda_library.workload(x))
+    index = x.device.index
+    # What is said about L, torch.compile guards: only where it matters.
+    calls = _cuda_library.workload(x) if _is_measured(index) else ""
+    winner = _winner(index, calls)
     if winner is None:
         return "not measured on this GPU; triton is preferred" if name == "cuda" else None
-    return None if winner == name else f"measured slower than {other} on this GPU"
+    return None if winner == name else f"measured slower than {other} on this GPU ({calls})"
 
 
 def _cuda_by_name(x: Tensor) -> str | None:

@@ -57,7 +57,7 @@ def _native_lines() -> list[str]:
 
 
 def _backend_lines(device: str) -> list[str]:
-    x = torch.empty(0, device=device)
+    x = torch.empty(0, 0, 1, device=device)
     can = {name: backends.passed_over(name, x) for name in backends.PREDICATES}
     return [f"{name}: {'available' if reason is None else reason}" for name, reason in can.items()]
 

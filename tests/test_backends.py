@@ -46,6 +46,8 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Tensor, Tensor]]:
     """Fake x (2, 5, 64) and weight (3, 64) on a CUDA device, which need no GPU."""
     monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(_cuda, "limits", lambda index: _cuda.ASSUMED)
+    monkeypatch.setattr(_cuda, "unusable", _cuda.unusable.__wrapped__)
     with FakeTensorMode():
         yield torch.empty(2, 5, 64, device="cuda"), torch.empty(3, 64, device="cuda")
 
@@ -230,9 +232,10 @@ def test_between_cuda_and_triton_measurements_decide(
     table = {"Some GPU": {"32-bit short": "cuda", "32-bit packed": "triton"}, "Another GPU": {}}
     monkeypatch.setattr(_cuda, "measured", lambda: table)
     assert backends.choose(x) == "cuda"
-    assert backends.passed_over("triton", x) == "measured slower than cuda on this GPU"
+    assert backends.passed_over("triton", x) == "measured slower than cuda on this GPU (32-bit short)"
     assert backends.choose(packed) == "triton"
-    assert backends.passed_over("cuda", packed) == "measured slower than triton on this GPU"
+    slower = "measured slower than triton on this GPU (32-bit packed)"
+    assert backends.passed_over("cuda", packed) == slower
     for other in (long, torch.empty_like(x, dtype=torch.bfloat16)):
         assert backends.choose(other) == "triton"
         assert backends.passed_over("cuda", other) == unmeasured
@@ -246,6 +249,33 @@ def test_between_cuda_and_triton_measurements_decide(
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
     assert "capability 8.0 or later" in str(backends.why_not("cuda", x))
     assert backends.choose(x) == "reference"
+
+
+@pytest.mark.usefixtures("triton", "gpu")
+def test_info_says_what_measurements_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cuda, "why_not", None)
+    monkeypatch.setattr(backends, "_gpu_name", lambda index: "Some GPU")
+    monkeypatch.setattr(_cuda, "measured", lambda: {"Some GPU": {"32-bit short": "cuda"}})
+    assert info._backend_lines("cuda")[:2] == [
+        "cuda: available",
+        "triton: measured slower than cuda on this GPU (32-bit short)",
+    ]
+
+
+@pytest.mark.usefixtures("triton")
+def test_cuda_needs_kernels_for_this_gpu(gpu: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for other GPUs, or for a newer driver: not chosen, and the reason is the CUDA runtime's."""
+    said = "the CUDA library cannot run on this GPU: no kernel image is available"
+
+    def limits(index: int | None) -> tuple[int, int]:
+        raise RuntimeError("check, launch.cuh:60, fastac: no kernel image is available\nand more")
+
+    monkeypatch.setattr(_cuda, "why_not", None)
+    monkeypatch.setattr(_cuda, "limits", limits)
+    assert backends.why_not("cuda", gpu[0]) == said
+    assert backends.choose(gpu[0]) == "triton"
+    with pytest.raises(ValueError, match=f"backend 'cuda' cannot run this call: {said}$"):
+        backends.choose(gpu[0], "cuda")
 
 
 def test_classes_of_measured_winners() -> None:

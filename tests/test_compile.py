@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastac
-from fastac import backends, ops
+from fastac import _cuda, backends, ops
 
 pytestmark = pytest.mark.unguarded
 
@@ -209,6 +209,42 @@ def test_one_graph_on_fake_cuda_tensors(gpu: str, weighting: str, layout: str) -
         y = compiled(automatic, case, backend=graphs.backend)(case)
     assert (y.device.type, y.shape) == ("cuda", (5, case.cluster_size, 67))
     assert graphs.forward == [[f"fastac::{gpu}_forward"]]
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both of the GPU's backends can run every call, and the table of measured winners was not yet read."""
+    monkeypatch.setattr(backends, "current", None)
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(backends.PREDICATES, name, lambda x: None)
+    monkeypatch.setattr(backends, "_gpu_name", lambda index: "no GPU of this name was measured")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _cuda.measured.cache_clear()
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("winner", [None, "triton", "cuda"])
+def test_one_graph_where_both_can_run(winner: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of measured winners is read while the call is traced."""
+    if winner is not None:
+        monkeypatch.setattr(backends, "_gpu_name", lambda index: "Some GPU")
+        monkeypatch.setattr(_cuda, "measured", lambda: {"Some GPU": {"32-bit short": winner}})
+    case, graphs = make_case(), Graphs()
+    with FakeTensorMode():
+        case = on("cuda", case)
+        compiled(automatic, case, backend=graphs.backend)(case)
+    assert graphs.forward == [[f"fastac::{winner or 'triton'}_forward"]]
+
+
+@pytest.mark.usefixtures("both")
+def test_the_choice_does_not_depend_on_lengths_where_nothing_was_measured() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(lambda operands: automatic(Case(**operands)), fullgraph=True, backend=counter)
+    cases = [make_case(L=L) for L in (25, 2, 64, 131, 300)]
+    with FakeTensorMode():
+        for case in cases:
+            fast({n: t for n, t in on("cuda", case).operands().items() if isinstance(t, Tensor)})
+    assert 1 <= counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

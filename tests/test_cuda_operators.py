@@ -211,6 +211,15 @@ def test_packed_sets_of_every_length(cuda: Backend) -> None:
         check_case(cuda, case, all_terms=True)
 
 
+@pytest.mark.parametrize("dtype", [SINGLE, BFLOAT], **IDS)
+def test_a_set_of_many_parts(cuda: Backend, dtype: torch.dtype) -> None:
+    """More shares of z, more features and more parts of rowsum(a e) than are summed at a time."""
+    for shift in (True, False):
+        launched()
+        check_case(cuda, make_case(B=1, L=4200, M=520, N=9, dtype=dtype, shift=shift))
+        assert launched() == SPLIT.split()
+
+
 # Values that a device is never asked for
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastac
 from benchmarks.workloads import WORKLOADS, Workload
@@ -337,6 +338,15 @@ def test_explain_shows_the_plan() -> None:
         backend="cuda",
     )  # fmt: skip
     assert "BackwardSums" not in str(short.plan["backward"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_explain_of_fake_tensors() -> None:
+    """They have no address, which counts as one that is aligned."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(*sizes, dtype=torch.bfloat16) for sizes in ((3, 25, 128), (64, 128)))
+        text = str(fastac.explain(x, weight, backend="cuda"))
+    assert "forward: ForwardCluster" in text
 
 
 def test_nonsense_is_refused() -> None:

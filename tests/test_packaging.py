@@ -387,7 +387,7 @@ def test_cuda_without_the_native_half(tree: Path, tmp_path: Path) -> None:
 def test_cuda_for_what_is_no_gpu(tree: Path, tmp_path: Path, archs: str) -> None:
     environment = write_nvcc(tmp_path / "toolkit") | {"FASTAC_CUDA_ARCHS": archs}
     found = one_line(setup_py(tree, tmp_path, **environment))
-    assert found == f'fastac: FASTAC_CUDA_ARCHS must be a list such as "80;90", got {archs!r}'
+    assert found == f'fastac: FASTAC_CUDA_ARCHS must list GPUs from 80 on, such as "80;90", got {archs!r}'
 
 
 def test_cuda_is_compiled_for_what_is_asked_for(build_rules: dict[str, Any]) -> None:

@@ -69,8 +69,10 @@ Tensor allocate(const Tensor& x, Shape sizes, ScalarType dtype) {
 // Makes the device of a tensor the current one while it lives.
 class Device {
  public:
-  explicit Device(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
+  explicit Device(torch::stable::accelerator::DeviceIndex index) : index_(index), guard_(index) {}
+  explicit Device(const Tensor& x) : Device(x.get_device_index()) {}
 
+  // Of a GPU that runs the PTX of an older one, what that older one has.
   Limits limits() const {
     const auto attribute = [&](cudaDeviceAttr name) {
       int value = 0;
@@ -78,8 +80,11 @@ class Device {
       STD_TORCH_CHECK(status == cudaSuccess, "fastac: ", cudaGetErrorString(status));
       return value;
     };
+    const int capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    STD_TORCH_CHECK(capability >= 80, "fastac: CUDA capability 8.0 or later is needed");
     return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor)};
+            std::min(capability, forward_float32().compiled_for())};
   }
   Stream stream() const {
     void* stream = nullptr;
@@ -190,9 +195,8 @@ class Call {
                : scores ? (scores->dim() == last + 1 ? scores->size(last - 1) : 0)
                : alpha  ? alpha->numel()
                         : 1;
-    STD_TORCH_CHECK(
-        in.features >= 1 && in.units >= 1,
-        "fastac: M and N must be at least 1, and weight or scores of as many dimensions as they have");
+    STD_TORCH_CHECK(in.features >= 1 && in.units >= 1,
+                    "fastac: M and N must be at least 1, weight (N, M), scores (B, N, L) or packed (N, T)");
     in.x_b = packed ? 0 : stride(x, 0);
     in.x_l = stride(x, last - 1);
     in.x_m = column_stride(x);
@@ -223,7 +227,8 @@ class Call {
       in.scores_l = stride(*scores, last);
     }
     if (position_bias) {
-      STD_TORCH_CHECK(weight && position_bias->dim() == 2, "fastac: position_bias must be (N, L_max)");
+      STD_TORCH_CHECK(weight && position_bias->dim() == 2,
+                      "fastac: position_bias must be (N, L_max), and needs weight");
       in.bias_length = position_bias->size(1);
       check_small("position_bias", *position_bias, {in.units, in.bias_length});
       STD_TORCH_CHECK(packed || in.bias_length >= in.length, "fastac: x is longer than position_bias");
@@ -293,12 +298,6 @@ class Call {
   const Optional alpha_, beta_, lengths_, offsets_;
 };
 
-Limits usable(const Device& device) {
-  const Limits limits = device.limits();
-  STD_TORCH_CHECK(limits.capability >= 80, "fastac: CUDA capability 8.0 or later is needed");
-  return limits;
-}
-
 void* pointer(const Tensor& t) {
   return t.mutable_data_ptr();
 }
@@ -312,7 +311,7 @@ void run_forward(const Call& call, const Device& device, const Tensor& y, const 
                  const Optional& saved) {
   const Operands& in = call.in;
   const ForwardKernels& kernels = call.kernels.forward;
-  const ForwardPlan plan = plan_forward(call.sizes(saved.has_value(), false, false, false), usable(device),
+  const ForwardPlan plan = plan_forward(call.sizes(saved.has_value(), false, false, false), device.limits(),
                                         kernels.shared_bytes, kernels.cluster_bytes);
   Optional partial, partial_stats;
   if (plan.blocks.split) {
@@ -338,8 +337,8 @@ Tensor inference(const Tensor& x, const Optional& weight, const Optional& scores
                  const Optional& position_bias, const Optional& alpha, const Optional& beta,
                  const Optional& lengths, const Optional& mask, const Optional& offsets, double eps,
                  std::optional<int64_t> max_length) {
-  const Device device(x);
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps, max_length);
+  const Device device(x);
   const Tensor y = call.empty({call.in.batch, call.in.units, call.in.features}, call.dtype);
   if (call.in.batch > 0) run_forward(call, device, y, std::nullopt, std::nullopt);
   return y;
@@ -350,8 +349,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Optional& weig
                                            const Optional& beta, const Optional& lengths,
                                            const Optional& mask, const Optional& offsets, double eps,
                                            bool save_scores, std::optional<int64_t> max_length) {
-  const Device device(x);
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps, max_length);
+  const Device device(x);
   const Operands& in = call.in;
   const bool saves = save_scores && weight;
   const Tensor y = call.empty({in.batch, in.units, in.features}, call.dtype);
@@ -374,8 +373,8 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Optional& weight, co
                    const Optional& lengths, const Optional& mask, const Optional& offsets, double eps,
                    const Tensor& y, const Tensor& stats, const Tensor& saved_scores, int64_t needs,
                    std::optional<int64_t> max_length) {
-  const Device device(x);
   const Call call(x, weight, scores, position_bias, alpha, beta, lengths, mask, offsets, eps, max_length);
+  const Device device(x);
   const Operands& in = call.in;
   const int64_t B = in.batch, N = in.units, M = in.features;
   call.check("dy", dy, {B, N, M}, call.dtype);
@@ -413,7 +412,7 @@ Gradients backward(const Tensor& dy, const Tensor& x, const Optional& weight, co
   const ReduceKernels& reduce = call.kernels.reduce;
   const Sizes sizes = call.sizes(kept, wanted[0].has_value(), wanted[1].has_value(), in_vectors(dy));
   const BackwardPlan plan =
-      plan_backward(sizes, usable(device), kernels.shared_bytes, kernels.cluster_bytes, reduce.tile);
+      plan_backward(sizes, device.limits(), kernels.shared_bytes, kernels.cluster_bytes, reduce.tile);
   const Tensor its_y = dense_and_aligned(y), its_stats = dense(stats), its_saved = dense(saved_scores);
   const Tensor mix = call.empty({2, in.rows, N}), pivots = call.empty({2, in.rows});
   Optional means, sums, dshift, partial, counters;
@@ -531,6 +530,12 @@ void set_device(int64_t shared, int64_t capability, int64_t clusters) {
   emulated_limits = {shared, int(capability)};
   emulated_clusters = clusters;
 }
+#else
+// Shared memory of a block in bytes, and capability: what plans for a device are made for.
+std::vector<int64_t> limits_of(int64_t index) {
+  const Limits found = Device(torch::stable::accelerator::DeviceIndex(index)).limits();
+  return {found.shared, found.capability};
+}
 #endif
 
 }  // namespace
@@ -557,9 +562,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastac, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_FRAGMENT(fastac, m) {
   m.def("cuda_plan" FASTAC_PLAN_ARGUMENTS);
+  m.def("cuda_limits(int device) -> int[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastac, CompositeExplicitAutograd, m) {
   m.impl("cuda_plan", TORCH_BOX(&fastac::cuda::plan));
+  m.impl("cuda_limits", TORCH_BOX(&fastac::cuda::limits_of));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastac, CUDA, m) {
 #endif

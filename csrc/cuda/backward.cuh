@@ -534,17 +534,13 @@ struct BackwardBlocks {
           if (linear) add(total, m.ds, kMix, tile(m.weight, i), m.ds_scale, BN, 1);
           if constexpr (kHalf<T> && !kIsGram)
             if (with_y) add(total, m.of_y, kMix, y, m.of_y_scale, BN, -1);
-          if (nb < unit_blocks - 1) {
-            ptx::sync();  // before the next factors
-            return;
-          }
+          if (nb < unit_blocks - 1) return;
           if constexpr (kIsGram)
             if (in.shift) {
               centre_x(i, c);
               add(total, m.k, kNarrow, x_tile(i, c), m.k_scale, BL, -1);
             }
           store_x(dx, rows, c, total);
-          if (unit_blocks > 1) ptx::sync();
         });
   }
 

@@ -52,7 +52,7 @@ struct BackwardDispatch {
   static void split(const BackwardPlan& plan, const BackwardArguments& a, Stream stream) {
     launch_blocks<Blocks<Chosen, Pass::kFirst>>(plan.grid, a, stream);
     using Sums = BackwardSums<T, Chosen::kPositions>;
-    launch<Sums>(Sums::grid(a.in), 1, 0, a, stream);
+    launch<Sums>(Sums::grid(a.in), 1, Sums::shared_bytes(), a, stream);
     BackwardArguments second = a;
     second.resident = false;  // it does not read x
     launch_blocks<Blocks<Chosen, Pass::kSecond>>(plan.grid, second, stream);

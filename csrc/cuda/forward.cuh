@@ -49,7 +49,7 @@ struct ForwardBlocks {
       part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(next);
       next += count * sizeof(*part);
     };
-    take(m.x, (resident ? chunks_of(features) : kStages) * BL * kTile);
+    take(m.x, size_t(resident ? chunks_of(features) : kStages) * BL * kTile);
     take(m.weight, kStages * BN * kTile);
     take(m.scores, BN * (positions + 4));
     take(m.gain, BN);
@@ -338,11 +338,12 @@ template <class T>
 struct ForwardCombine {
   using Arguments = ForwardArguments;
   using Acc = Accumulator<T>;
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 512;
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kWarps = kThreads / 32;
+  static constexpr int kShares = 64;  // whose weights are in shared memory at a time
 
-  static FASTAC_HOST_DEVICE size_t shared_bytes() { return (kWarps + 2) * sizeof(Acc); }
+  static FASTAC_HOST_DEVICE size_t shared_bytes() { return (kWarps + kShares) * sizeof(Acc); }
 
   static FASTAC_DEVICE void run(const Arguments& a) {
     const Operands& in = a.in;
@@ -352,8 +353,10 @@ struct ForwardCombine {
     const Acc* peaks = static_cast<const Acc*>(a.partial_stats) + first * N + n;
     const Acc* totals = peaks + a.blocks.all * N;
     const Acc pivot = totals[a.blocks.all * N];
-    const Acc* shares = static_cast<const Acc*>(a.partial) + (first * N + n) * M;
+    Acc* shares = static_cast<Acc*>(a.partial) + (first * N + n) * M;
+    T* y = static_cast<T*>(a.y) + (b * N + n) * M;
     Acc* scratch = reinterpret_cast<Acc*>(ptx::shared());
+    Acc* weights = scratch + kWarps;  // [kShares]
 
     // The greatest score and the sum of exponentials over all blocks
     Acc greatest = -INFINITY;
@@ -373,24 +376,34 @@ struct ForwardCombine {
       gain *= alpha;
       tau = alpha * tau + load<T>(in.beta, n);
     }
-    const auto u = [&](int64_t feature) {
+    Acc squares = 0;
+    for (int64_t f0 = 0; f0 < M; f0 += kThreads) {
+      const int64_t f = f0 + ptx::thread();
       Acc core = 0;
-      for (int64_t i = 0; i < parts; ++i)
-        core += shares[i * N * M + feature] * ptx::exponential(peaks[i * N] - level);
-      return gain * core + tau;
-    };
+      for (int64_t first_share = 0; first_share < parts; first_share += kShares) {
+        const int present = int(smaller(parts - first_share, kShares));
+        ptx::sync();
+        if (ptx::thread() < present)
+          weights[ptx::thread()] = ptx::exponential(peaks[(first_share + ptx::thread()) * N] - level);
+        ptx::sync();
+        const int count = f < M ? present : 0;
+#pragma unroll 8
+        for (int i = 0; i < count; ++i) core += shares[(first_share + i) * N * M + f] * weights[i];
+      }
+      if (f >= M) continue;
+      const Acc u = gain * core + tau;
+      squares += u * u;
+      if (in.shift)
+        shares[f] = u;  // in the place of the first share, which nobody reads any more
+      else
+        y[f] = T(u);
+    }
     Acc norm = 0;
     if (in.shift) {
-      Acc squares = 0;
-      for (int64_t f = ptx::thread(); f < M; f += kThreads) {
-        const Acc value = u(f);
-        squares += value * value;
-      }
       norm = ptx::square_root(of_block(scratch, sum_of_warp(squares), [](Acc s, Acc t) { return s + t; }));
+      const Acc factor = scale_of(in, norm);
+      for (int64_t f = ptx::thread(); f < M; f += kThreads) y[f] = T(shares[f] * factor);
     }
-    const Acc factor = scale_of(in, norm);
-    for (int64_t f = ptx::thread(); f < M; f += kThreads)
-      static_cast<T*>(a.y)[(b * N + n) * M + f] = T(u(f) * factor);
     if (a.stats != nullptr && ptx::thread() == 0) {
       Acc* stats = static_cast<Acc*>(a.stats);
       stats[b * N + n] = greatest;

@@ -40,13 +40,15 @@ struct ForwardDispatch {
   }
   static const ForwardKernels& kernels() {
     using First = ForwardBlocks<T, 32, 16>;
+    constexpr auto capability = compiled_for<ForwardCombine<T>>;
     if constexpr (kHalf<T>) {
       using Cluster = ClusterDispatch<T, ForwardCluster>;
-      static constexpr ForwardKernels table{First::kStages,        Cluster::kStages, shared_bytes,
-                                            Cluster::shared_bytes, blocks,           combine};
+      static constexpr ForwardKernels table{
+          First::kStages, Cluster::kStages, shared_bytes, Cluster::shared_bytes, capability, blocks, combine};
       return table;
     } else {
-      static constexpr ForwardKernels table{First::kStages, 0, shared_bytes, nullptr, blocks, combine};
+      static constexpr ForwardKernels table{First::kStages, 0,      shared_bytes, nullptr,
+                                            capability,     blocks, combine};
       return table;
     }
   }

@@ -21,6 +21,8 @@ struct ForwardKernels {
   int cluster_stages;  // sets of which a cluster has x; 0 where the dtype has no such kernel
   ForwardBytes shared_bytes;
   ClusterBytes cluster_bytes;
+  // The capability that all kernels are compiled for, as the current device runs them.
+  int (*compiled_for)();
   // The launch of plan.kernel.
   void (*blocks)(const ForwardPlan&, const ForwardArguments&, Stream);
   void (*combine)(const ForwardArguments&, Stream);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -29,6 +30,12 @@ std::string_view kernel_name() {
 #ifdef FASTAC_EMULATED
 
 using Stream = void*;
+
+// The emulation has every instruction.
+template <class Kernel>
+int compiled_for() {
+  return std::numeric_limits<int>::max();
+}
 
 // Runs the grid in the emulation before it returns.
 template <class Kernel>
@@ -55,6 +62,23 @@ inline void check(cudaError_t status, std::string_view kernel) {
   cudaGetLastError();  // so that the next call does not report it again
   throw std::runtime_error(std::string("fastac: ") + cudaGetErrorString(status) + " in " +
                            std::string(kernel));
+}
+
+// Capability that the kernel is compiled for in the form that the current device runs, which is less than the
+// device's where that runs the PTX of an older one. Throws if there is no such form.
+template <class Kernel>
+int compiled_for() {
+  constexpr int kDevices = 64;  // devices above are asked every time
+  static std::atomic<int> known[kDevices];
+  int device = 0;
+  check(cudaGetDevice(&device), kernel_name<Kernel>());
+  const int found = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (found != 0) return found;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&entry<Kernel>)),
+        kernel_name<Kernel>());
+  if (device < kDevices) known[device].store(attributes.ptxVersion, std::memory_order_relaxed);
+  return attributes.ptxVersion;
 }
 
 // Lets the kernel use all the shared memory the device has; 48 KB is what it may use otherwise.

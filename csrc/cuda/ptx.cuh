@@ -216,7 +216,7 @@ FASTAC_DEVICE V load_around_cache(const V* global) {
 
 // Arithmetic.
 
-// exp with at most one unit in the last place of error, whatever -use_fast_math says of expf.
+// exp with at most one unit in the last place of error, as long as nobody compiles with -use_fast_math.
 FASTAC_DEVICE float exponential(float x) {
   return ::expf(x);
 }

@@ -21,7 +21,8 @@ struct BackwardReduce {
  private:
   static constexpr int kTile = kStride<T>;
   static constexpr int kNarrow = kRows + kPad<T>;
-  static constexpr int kWide = kUnits + 4;
+  static constexpr int kWide = kUnits + 1;     // odd: narrow reads down a column
+  static constexpr int kOwn = kRows / kWarps;  // rows of a step whose dS a warp loads
   using Output = Product<T, kUnits, kFeatures<T>, kWarps>;
 
   struct Memory {
@@ -127,11 +128,14 @@ struct BackwardReduce {
     const int64_t size = in.units * in.features;
     Acc* parts = static_cast<Acc*>(a.partial);
     each([&](int64_t at, Acc value, Acc rest) { parts[split * size + at] = value + rest; });
-    ptx::fence();
     ptx::sync();
-    const bool last = ptx::sync_or(ptx::thread() == 0 && ptx::add(a.counters + tile, 1) == int(a.splits) - 1);
-    if (!last) return;
-    ptx::fence();
+    bool last = false;
+    if (ptx::thread() == 0) {  // for the block: a fence includes what a sync has made visible
+      ptx::fence();
+      last = ptx::add(a.counters + tile, 1) == int(a.splits) - 1;
+      ptx::fence();
+    }
+    if (!ptx::sync_or(last)) return;
     each([&](int64_t at, Acc, Acc) {
       Acc sum = 0;
       for (int64_t i = 0; i < a.splits; ++i) sum += ptx::load_around_cache(parts + i * size + at);
@@ -154,15 +158,21 @@ struct BackwardReduce {
         [&](int i) {
           T* x = m.x + i % kStages * kRows * kTile;
           const int64_t row = begin + int64_t(i) * kRows;
-          for (int k = ptx::thread(); k < kRows * kUnits; k += kThreads) {
-            const int r = k / kUnits, n = k % kUnits;
-            const bool there = x_of_row(row + r, end) != nullptr && n0 + n < in.units;
-            m.ds[r * kWide + n] = there ? ds[(row + r) * in.units + n0 + n] : Acc(0);
+          // The warp has every kWarps-th row; its lane k finds out about the k-th of them.
+          const int mine = ptx::lane() * kWarps + ptx::warp();
+          const bool found = ptx::lane() < kOwn && x_of_row(row + mine, end) != nullptr;
+          if (ptx::lane() < kOwn) {
+            m.rho[mine] = found ? pivots[row + mine] : Acc(0);
+            m.around[mine] = found ? pivots[in.rows + row + mine] : Acc(0);
           }
-          for (int r = ptx::thread(); r < kRows; r += kThreads) {
-            const bool there = x_of_row(row + r, end) != nullptr;
-            m.rho[r] = there ? pivots[row + r] : Acc(0);
-            m.around[r] = there ? pivots[in.rows + row + r] : Acc(0);
+          const unsigned valid = ptx::ballot(found);
+#pragma unroll
+          for (int k = 0; k < kOwn; ++k) {
+            const int r = k * kWarps + ptx::warp();
+            for (int n = ptx::lane(); n < kUnits; n += 32) {
+              const bool there = (valid >> k & 1) != 0 && n0 + n < in.units;
+              m.ds[r * kWide + n] = there ? ds[(row + r) * in.units + n0 + n] : Acc(0);
+            }
           }
           ptx::sync();
           narrow();

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
 import fastac
+from fastac import _cuda
 
 NAMED = {
     "online": {"B": 1, "L": 25, "M": 1536, "N": 64},
@@ -111,6 +112,17 @@ def test_operands_of_two_devices_are_refused() -> None:
     assert case.weight is not None
     with pytest.raises(ValueError, match="weight must be on the device of x"):
         OURS(case.replace(weight=case.weight.cpu()))
+
+
+def test_plans_are_made_for_this_gpu() -> None:
+    """Clusters included, unless what is compiled is for older GPUs."""
+    if OURS.name != "cuda":
+        pytest.skip("Triton's plans are the same for all GPUs")
+    properties = torch.cuda.get_device_properties(DEVICE)
+    shared, capability = _cuda.limits(torch.cuda.current_device())
+    assert shared == properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    assert 80 <= capability <= 10 * properties.major + properties.minor
+    assert (capability >= 90) == (properties.major >= 9)
 
 
 # Precision of float32 products
