@@ -245,8 +245,9 @@ def backward_plan(p: Problem) -> BackwardPlan:
             if p.features % 8 != 0:  # no 16-byte copies: features come through registers
                 block_m = max(block_m // 2, SMALLEST)
     else:
-        stages, warps = 1, 8 if p.itemsize == 4 and not p.relaxed else 4
-        block_m = _tile(p.features, 16 if p.itemsize == 4 else 32)
+        packed = p.layout == "packed"  # finding a block's set takes registers
+        stages, warps = 1, 8 if p.itemsize == 4 and not p.relaxed and not packed else 4
+        block_m = _tile(p.features, 16 if p.itemsize == 4 or packed else 32)
     config = _best("backward", p, Config(block_l, block_n, block_m, warps, stages))
 
     step = ROWS[p.itemsize]
