@@ -16,7 +16,7 @@ SHAPES = ((3, 25, 128, 8), (2, 67, 131, 33), (3, 1, 50, 1))
 
 
 def probe(device: str, backend: str) -> int:
-    """Run every shape in two dtypes, padded, packed and with given scores; return the number of calls."""
+    """Run all shapes in two dtypes: padded, packed, packed with a bound, given scores; count the calls."""
     calls = 0
     for dtype in (torch.float32, torch.bfloat16):
         for b, length, m, n in SHAPES:
@@ -33,6 +33,7 @@ def probe(device: str, backend: str) -> int:
             for y, leaves in (
                 (cluster(x, weight, alpha, beta, lengths=lengths), (x, weight, alpha, beta)),
                 (cluster(packed, weight, offsets=offsets), (packed, weight)),
+                (cluster(packed, weight, offsets=offsets, max_length=length), (packed, weight)),
                 (pool(x, scores, alpha, beta), (x, scores, alpha, beta)),
             ):
                 torch.autograd.grad(y, leaves, torch.randn_like(y))

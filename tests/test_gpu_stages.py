@@ -197,4 +197,4 @@ def test_the_sanitizer_sees_every_backend(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_probe_of_the_sanitizer_runs() -> None:
-    assert gpu_probe.probe("cpu", "reference") == 18
+    assert gpu_probe.probe("cpu", "reference") == 24
