@@ -137,7 +137,7 @@ sanitize: build
 		$(PY) -c 'import cuda_operators; print(cuda_operators.build_operators())') && \
 		{ nm -D $$emulated | grep -q __asan_init || { echo "the emulated kernels are not instrumented"; exit 1; }; }
 	@echo "== tests under the sanitizers (half an hour)"
-	@cd $(SANITIZED) && export PYTHONPATH="$(CURDIR)/$(SANITIZED)" FASTAC_SANITIZE=1 \
+	@cd $(SANITIZED) && export PYTHONPATH="$(CURDIR)/$(SANITIZED):$(CURDIR)" FASTAC_SANITIZE=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 && \
 		$(CURDIR)/$(PY) -c 'import fastac._native as n; print(n.PATH); assert n.available, n.why_not' | \
