@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .classifier import AttentionClusterClassifier, ClusterConfig
 from .flash_mnist import FlashMNISTClassifier, FrameCNN
 
-__all__ = ["FlashMNISTClassifier", "FrameCNN"]
+__all__ = ["AttentionClusterClassifier", "ClusterConfig", "FlashMNISTClassifier", "FrameCNN"]

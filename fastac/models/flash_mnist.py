@@ -6,11 +6,12 @@ those of the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,32 +70,36 @@ class FrameCNN(nn.Module):
 
 def pretrain(
     cnn: FrameCNN,
-    frames: NoisyDigits,
+    frames: NoisyDigits | Sequence[NoisyDigits],
     *,
     batch_size: int = 64,
     lr: float = 1e-3,
     progress: Callable[[int], object] | None = None,
 ) -> float:
-    """One epoch of Adam on the frames' classes; returns the mean loss. ``progress(n)`` hears of n frames.
+    """Adam on the frames' classes, one epoch; returns its mean loss. ``progress(n)`` hears of n frames.
+
+    A sequence of sets of frames is one epoch each, and the loss is the last one's.
 
     The CNN is left in eval mode with frozen parameters, in channels-last layout (twice as fast on CPUs).
     """
     cnn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cnn.train().requires_grad_(True)
     optimizer = torch.optim.Adam(cnn.parameters(), lr=lr, fused=True)
-    total = torch.zeros((), dtype=torch.float64)
+    epochs = [frames] if isinstance(frames, NoisyDigits) else frames
     with _one_thread():
-        for images, labels in frames.batches(batch_size):
-            x = normalised(images).contiguous(memory_format=torch.channels_last)
-            loss = F.nll_loss(cnn(x), torch.from_numpy(labels))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(labels)
-            if progress is not None:
-                progress(len(labels))
+        for epoch in epochs:
+            total = torch.zeros((), dtype=torch.float64)
+            for images, labels in epoch.batches(batch_size):
+                x = normalised(images).contiguous(memory_format=torch.channels_last)
+                loss = F.nll_loss(cnn(x), torch.from_numpy(labels))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.detach() * len(labels)
+                if progress is not None:
+                    progress(len(labels))
     cnn.eval().requires_grad_(False)
-    return float(total) / len(frames)
+    return float(total) / len(epochs[-1])
 
 
 @torch.no_grad()
@@ -109,24 +114,39 @@ def frame_accuracy(cnn: FrameCNN, frames: NoisyDigits) -> float:
 
 
 def extract_features(
-    cnn: FrameCNN, videos: FlashMNIST, *, progress: Callable[[int], object] | None = None
-) -> Tensor:
+    cnn: FrameCNN,
+    videos: FlashMNIST,
+    *,
+    out: npt.NDArray[np.float32] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> npt.NDArray[np.float32]:
     """Local features of all videos, ``(V, length, 50)`` float32. ``progress(n)`` hears of each n videos done.
 
+    Args:
+        cnn: in eval mode.
+        videos: V of them.
+        out: where the features go, a memory-mapped file for instance; a new array unless given.
+        progress: called from this thread.
+
     Raises:
-        ValueError: the CNN is in training mode, in which dropout would be in the features.
+        ValueError: the CNN is in training mode, in which dropout would be in the features; or out has another
+            shape or dtype.
     """
     if cnn.training:
         raise ValueError("cnn must be in eval mode, it is in training mode")
-    features = torch.empty(len(videos), videos.length, FEATURES)
+    shape = (len(videos), videos.length, FEATURES)
+    features = np.empty(shape, dtype=np.float32) if out is None else out
+    if features.shape != shape or features.dtype != np.float32:
+        raise ValueError(f"out must be {shape} float32, got {features.shape} {features.dtype}")
 
     def fill(number: int) -> int:
         block = torch.from_numpy(videos.block(number))
-        rows = features[number * BLOCK : number * BLOCK + len(block)].view(-1, FEATURES)
+        rows = features[number * BLOCK : number * BLOCK + len(block)].reshape(-1, FEATURES)
         with torch.no_grad():
             for first in range(0, len(rows), 400):
                 x = normalised(block.view(-1, 28, 28)[first : first + 400])
-                rows[first : first + 400] = cnn.features(x.contiguous(memory_format=torch.channels_last))
+                computed = cnn.features(x.contiguous(memory_format=torch.channels_last))
+                rows[first : first + 400] = computed.numpy()
         return len(block)
 
     # One block per thread scales; torch's own threads within such small convolutions do not.

@@ -1,0 +1,1 @@
+"""The papers' experiments, to be run again (install ``fastac[train]``)."""

@@ -1,0 +1,373 @@
+"""One training engine for every system here: epochs, steps, evaluation, checkpoints, processes.
+
+The paper's section 5.4 is `TrainingConfig`'s default: RMSProp, gradients clipped to norm 5, videos weighted by
+1/S. A batch is what one step of the optimizer sees; how many processes share it and in how many pieces they
+compute it changes rounding only (and dropout's draws).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from fastac.data.batch import FeatureBatch
+
+from . import checkpoint, distributed
+from .config import OptimizerConfig, TrainingConfig
+from .log import MetricsLog, Progress
+from .metrics import main_metric, make_metrics, update
+from .sampler import BatchSampler, mixed_seed
+
+logger = logging.getLogger("fastac")
+
+DROPOUT, ORDER = 0, 1
+"""What a seed is for."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss is not finite."""
+
+
+class FeatureData(Protocol):
+    """What the engine asks of a data set; `fastac.data.FeatureArray` and `FeatureSetDataset` are such."""
+
+    labels: Tensor | None
+    class_names: list[str]
+    names: list[str]
+    multi_label: bool
+
+    @property
+    def modalities(self) -> Mapping[str, int]: ...  # noqa: D102
+    @property
+    def num_classes(self) -> int: ...  # noqa: D102
+    def __len__(self) -> int: ...
+    def collate(self, items: Any) -> FeatureBatch: ...  # noqa: D102
+    def set_epoch(self, epoch: int) -> None: ...  # noqa: D102
+    def mean_features(self) -> dict[str, Tensor]: ...  # noqa: D102
+    def class_counts(self) -> Tensor: ...  # noqa: D102
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` names, in torch's fused form where it has one."""
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.name == "adam":
+        return torch.optim.Adam(parameters, fused=True, **common)
+    if config.name == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **common)
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, momentum=config.momentum, fused=True, **common)
+    return torch.optim.RMSprop(parameters, momentum=config.momentum, foreach=True, **common)
+
+
+def class_weights(counts: Tensor) -> Tensor:
+    """Weights ``(C,)`` of the classes' videos: 1/S (paper 5.4), scaled so that the mean over the videos is 1.
+
+    The scale is inferred; it keeps the loss of balanced classes what it is without weights. A class without
+    videos has weight 0.
+    """
+    present = counts > 0
+    weights = torch.where(present, 1.0 / counts.clamp(min=1).double(), 0.0)
+    return (weights * (counts.sum() / present.sum().clamp(min=1))).float()
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One row of metrics.csv: the epoch, counted from 1, and its values by column."""
+
+    epoch: int
+    values: dict[str, float]
+
+
+class Trainer:
+    """Trains a model on a data set, with everything that a long run needs.
+
+    Args:
+        model: takes ``**batch.inputs()`` and has ``losses(scores, labels) -> (B,)``.
+        train_data, validation_data: the data sets; without the latter nothing is evaluated and the last
+            checkpoint counts as the best.
+        config: how.
+        directory: of the run: checkpoints, metrics.csv and TensorBoard's events go there. None keeps nothing.
+        device: where to compute; the model is moved there.
+        show_progress: bars or progress lines while an epoch runs.
+
+    Raises:
+        ValueError: an empty training set, or one without labels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: FeatureData,
+        validation_data: FeatureData | None,
+        config: TrainingConfig,
+        *,
+        directory: Path | None = None,
+        device: torch.device | str = "cpu",
+        show_progress: bool = True,
+    ) -> None:
+        if train_data.labels is None:
+            raise ValueError("train_data must have labels, got a data set without")
+        if not len(train_data):
+            raise ValueError("train_data must have at least one video, got none")
+        self.config, self.directory = config, directory
+        self.device = torch.device(device)
+        self.processes = distributed.current()
+        self.model = model.to(self.device)
+        self.optimizer = make_optimizer(model.parameters(), config.optimizer)
+        self.epoch = 0
+        self.best = -math.inf
+        self._train_data, self._validation_data = train_data, validation_data
+        self._show_progress = show_progress and self.processes.first
+        self._weights = None
+        if config.class_weights and not train_data.multi_label:
+            self._weights = class_weights(train_data.class_counts()).to(self.device)
+        self._sampler = BatchSampler(
+            len(train_data),
+            config.batch_size,
+            shuffle=True,
+            seed=mixed_seed(config.seed, ORDER),
+            pieces=config.accumulation,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+        self._parallel: nn.Module = model
+        if self.processes.world_size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self._parallel = DistributedDataParallel(model, device_ids=devices)
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """The folder of the checkpoints."""
+        return None if self.directory is None else self.directory / "checkpoints"
+
+    def resume(self) -> bool:
+        """Goes back to where the run in ``directory`` was; False if there is nothing to go back to.
+
+        The epochs that follow are those of a run that was never interrupted: order and dropout depend on
+        the seed and the epoch only.
+
+        Raises:
+            fastac.training.CheckpointError: the checkpoint cannot be read or is of another model.
+        """
+        if self.checkpoints is None or not checkpoint.exists(self.checkpoints):
+            return False
+        state = checkpoint.read_state(self.checkpoints)
+        checkpoint.load_model(self.checkpoints, self.model)
+        checkpoint.load_optimizer(self.checkpoints, self.optimizer)
+        self.epoch, self.best = int(state["epoch"]), float(state["best"])
+        return True
+
+    def fit(self) -> list[EpochResult]:
+        """Trains up to ``config.epochs``, from where the run is; returns what the epochs gave.
+
+        Raises:
+            TrainingError: a loss that is not finite; the checkpoints of earlier epochs stay.
+        """
+        log = None
+        if self.directory is not None and self.processes.first:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            log = MetricsLog(self.directory, epochs_done=self.epoch, tensorboard=self.config.tensorboard)
+        results = []
+        try:
+            while self.epoch < self.config.epochs:
+                result, best = self._epoch()
+                results.append(result)
+                # The row first: a resumed run removes rows that no checkpoint covers, and could not add one.
+                if log is not None:
+                    log.add(result.epoch, result.values)
+                if self.checkpoints is not None and self.processes.first:
+                    state = {"best": self.best, "values": result.values}
+                    checkpoint.save(
+                        self.checkpoints, self.epoch, self.model, self.optimizer, state, best=best
+                    )
+                self.processes.barrier()
+        finally:
+            if log is not None:
+                log.close()
+        return results
+
+    def _epoch(self) -> tuple[EpochResult, bool]:
+        """One epoch and its evaluation; also whether it is the best so far."""
+        number = self.epoch + 1
+        started = time.perf_counter()
+        values = {"train_loss": self._train(number)}
+        values["train_seconds"] = time.perf_counter() - started
+        if not math.isfinite(values["train_loss"]):
+            raise TrainingError(
+                f"the loss of epoch {number} is {values['train_loss']}: a smaller learning rate, a limit on the "
+                "gradients' norm (clip_norm) or float32 may help"
+            )
+        self.epoch = number
+        best = True
+        if self._validation_data is not None:
+            evaluation = evaluate(
+                self.model,
+                self._validation_data,
+                device=self.device,
+                batch_size=self.config.evaluation_batch_size,
+                workers=self.config.workers,
+                precision=self.config.precision,
+                show_progress=self._show_progress,
+            )
+            values.update({f"validation_{name}": value for name, value in evaluation.items()})
+            reached = evaluation[main_metric(multi_label=self._train_data.multi_label)]
+            best = reached > self.best or not math.isfinite(self.best)
+            self.best = max(reached, self.best)
+        logger.info(
+            "epoch %d/%d  %s",
+            number,
+            self.config.epochs,
+            "  ".join(f"{k} {v:.4g}" for k, v in values.items()),
+        )
+        return EpochResult(number, values), best
+
+    def _train(self, number: int) -> float:
+        """The steps of one epoch; returns the mean loss over all its videos."""
+        config, last_piece = self.config, self.config.accumulation - 1
+        # Seeded anew each epoch: a run that resumes here needs no generator's state.
+        torch.manual_seed(mixed_seed(config.seed, DROPOUT, number, self.processes.rank))
+        self._sampler.set_epoch(number)
+        self._train_data.set_epoch(number)
+        batches = iter(_loader(self._train_data, self._sampler, config.workers, self.device))
+        self._parallel.train()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with Progress(
+            f"epoch {number}", len(self._train_data), "videos", show=self._show_progress
+        ) as progress:
+            for size in self._sampler.batch_sizes():
+                self.optimizer.zero_grad()
+                for piece in range(config.accumulation):
+                    total += self._backward(next(batches), size, synchronise=piece == last_piece)
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+                self.optimizer.step()
+                progress.advance(size)
+        if self.processes.world_size > 1:
+            dist.all_reduce(total)
+        return float(total) / len(self._train_data)
+
+    def _backward(self, batch: FeatureBatch, size: int, *, synchronise: bool) -> Tensor:
+        """Adds the gradient of this process's share of a batch of ``size`` videos; returns its summed loss."""
+        batch = batch.to(self.device, non_blocking=True)
+        assert batch.labels is not None
+        together = nullcontext()
+        if not synchronise and isinstance(self._parallel, DistributedDataParallel):
+            together = self._parallel.no_sync()
+        with together:
+            with _autocast(self.device, self.config.precision):
+                scores = self._parallel(**batch.inputs())
+                losses = cast(Any, self.model).losses(scores, batch.labels)  # (B,)
+            if self._weights is not None:
+                losses = losses * self._weights[batch.labels]
+            loss = losses.sum()
+            # Processes average their gradients; the loss is a mean over the videos of all of them.
+            (loss * (self.processes.world_size / size)).backward()
+        return loss.detach().double()
+
+
+def evaluate(
+    model: nn.Module,
+    data: FeatureData,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1024,
+    workers: int = 0,
+    precision: str = "float32",
+    show_progress: bool = False,
+) -> dict[str, float]:
+    """Loss and metrics over a whole data set, shared by the processes of the group; see `make_metrics`.
+
+    Leaves the model in the mode it was in.
+
+    Raises:
+        ValueError: an empty data set, or one without labels.
+    """
+    if data.labels is None or not len(data):
+        raise ValueError(f"data must have labelled videos to be evaluated on, got {len(data)} without labels")
+    device = torch.device(device)
+    metrics = make_metrics(data.num_classes, multi_label=data.multi_label).to(device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch, scores in _scores(model, data, device, batch_size, workers, precision, show_progress):
+        assert batch.labels is not None
+        total += cast(Any, model).losses(scores, batch.labels).sum().double()
+        update(metrics, scores, batch.labels)
+    if distributed.current().world_size > 1:
+        dist.all_reduce(total)
+    return {
+        "loss": float(total) / len(data),
+        **{name: float(value) for name, value in metrics.compute().items()},
+    }
+
+
+def predict(
+    model: nn.Module,
+    data: FeatureData,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1024,
+    workers: int = 0,
+    precision: str = "float32",
+    show_progress: bool = False,
+) -> Iterator[tuple[FeatureBatch, Tensor]]:
+    """Batches of a data set and their class probabilities ``(B, C)``, in the data set's order."""
+    device = torch.device(device)
+    for batch, scores in _scores(model, data, device, batch_size, workers, precision, show_progress):
+        yield batch, cast(Any, model).probabilities(scores)
+
+
+@torch.no_grad()
+def _scores(
+    model: nn.Module,
+    data: FeatureData,
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    show_progress: bool,
+) -> Iterator[tuple[FeatureBatch, Tensor]]:
+    processes = distributed.current()
+    sampler = BatchSampler(
+        len(data), batch_size, shuffle=False, rank=processes.rank, world_size=processes.world_size
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with Progress("evaluating", len(data), "videos", show=show_progress) as progress:
+            for size, batch in zip(
+                sampler.batch_sizes(), _loader(data, sampler, workers, device), strict=True
+            ):
+                moved = batch.to(device, non_blocking=True)
+                with _autocast(device, precision):
+                    scores = model(**moved.inputs())
+                yield moved, scores.float()
+                progress.advance(size)
+    finally:
+        model.train(was_training)
+
+
+def _loader(
+    data: FeatureData, sampler: BatchSampler, workers: int, device: torch.device
+) -> DataLoader[FeatureBatch]:
+    return DataLoader(
+        cast(Dataset[FeatureBatch], data),
+        batch_sampler=sampler,
+        collate_fn=data.collate,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,0 +1,102 @@
+"""What a run leaves to read: metrics.csv, TensorBoard's events, and progress on the terminal or in a log file."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger("fastac")
+
+QUIET_SECONDS = 60.0
+"""Where there is no terminal, a long epoch says how far it is this often."""
+
+
+class MetricsLog:
+    """One row per epoch in ``metrics.csv``, and the same for TensorBoard.
+
+    Args:
+        directory: of the run.
+        epochs_done: rows of later epochs, left by a run that was killed, are removed.
+        tensorboard: write events to ``directory/tensorboard`` too.
+
+    Raises:
+        ImportError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, directory: Path, *, epochs_done: int, tensorboard: bool) -> None:
+        self._path = directory / "metrics.csv"
+        self.rows = [row for row in self._read() if int(row["epoch"]) <= epochs_done]
+        self._write()
+        self._events: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "TensorBoard is not installed: pip install 'fastac[train]', or set training.tensorboard to false"
+                ) from error
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=epochs_done + 1)
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self._path.is_file():
+            return []
+        with self._path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _write(self) -> None:
+        """Replaces the file in one step: a reader never sees half a row."""
+        temporary = self._path.with_suffix(".part")
+        with temporary.open("w", newline="") as file:
+            if self.rows:
+                writer = csv.DictWriter(file, list(self.rows[0]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+        os.replace(temporary, self._path)
+
+    def add(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Appends the row of one epoch; numbers are written so that they read back exactly."""
+        self.rows.append({"epoch": str(epoch), **{name: repr(value) for name, value in values.items()}})
+        self._write()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name.replace("_", "/", 1), value, epoch)
+            self._events.flush()
+
+    def close(self) -> None:
+        """Closes TensorBoard's file."""
+        if self._events is not None:
+            self._events.close()
+
+
+class Progress:
+    """A bar on a terminal; in a log file a line a minute, so that a short epoch leaves none."""
+
+    def __init__(self, label: str, total: int, unit: str, *, show: bool = True) -> None:
+        self._label, self._total, self._unit, self._show = label, total, unit, show
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total, desc=label, unit=f" {unit}", leave=False, disable=not (show and self._terminal)
+        )
+        self._done, self._said = 0, time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def advance(self, count: int) -> None:
+        """``count`` more are done."""
+        self._done += count
+        self._bar.update(count)
+        if self._show and not self._terminal and time.monotonic() - self._said > QUIET_SECONDS:
+            self._said = time.monotonic()
+            logger.info("%s: %s of %s %s", self._label, f"{self._done:,}", f"{self._total:,}", self._unit)
