@@ -163,7 +163,7 @@ def check_eps(eps: float, double: bool) -> None:
         raise ValueError(f"eps must be at least {SMALLEST_EPS[double]:.3g} in {kind} accumulation, got {eps}")
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     if is_compiling() or type(tensor) is not Tensor:
         return False
     return tensor.is_cpu or (os.environ.get("FASTAC_CHECK") == "1" and tensor.device.type != "meta")
@@ -175,7 +175,7 @@ def _check_lengths(lengths: Tensor, x: Tensor) -> Tensor:
         raise TypeError(f"lengths must be an integer tensor, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.size(0) != x.size(0):
         raise ValueError(f"lengths must have shape (B,) with B = {x.size(0)}, got {_shape(lengths)}")
-    if lengths.numel() and _readable(lengths):
+    if lengths.numel() and readable(lengths):
         low, high = (int(v) for v in torch.aminmax(lengths))
         if low < 0 or high > x.size(1):
             raise ValueError(f"lengths must lie in 0...L with L = {x.size(1)}, got values in {low}...{high}")
@@ -198,7 +198,7 @@ def _check_offsets(
         raise TypeError(f"offsets must be int64 or int32, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.size(0) < 1:
         raise ValueError(f"offsets must have shape (B + 1,), got {_shape(offsets)}")
-    if _readable(offsets):
+    if readable(offsets):
         first, last = int(offsets[0]), int(offsets[-1])
         counts = offsets[1:] - offsets[:-1]
         shortest, longest = (int(v) for v in torch.aminmax(counts)) if counts.numel() else (0, 0)

@@ -94,14 +94,13 @@ def _bounded(x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
 class AttentionClusterClassifier(nn.Module):
     """One attention cluster per modality, concatenation, dropout, one linear layer.
 
-    Long et al., *Attention Clusters*, CVPR 2018: the architecture of their Figure 3, for real video as in
-    section 5.3.
+    Long et al., *Attention Clusters*, CVPR 2018, as they use it on real video (section 5).
 
     A modality that a video lacks, as a silent one lacks audio, is the set whose only feature is the mean
     feature of the training set (5.3; that it is one feature, not a set of copies, changes nothing but with
     ``position_bias``: inferred). The means are buffers, given by ``set_means``. As long as one is not known,
     a video without that modality is an error; where finding it would synchronise with a device or break a
-    graph (CUDA tensors, ``torch.compile``, ``torch.export``) its scores are NaN instead.
+    graph (CUDA tensors without FASTAC_CHECK=1, ``torch.compile``, ``torch.export``) its scores are NaN.
 
     Args:
         modalities: the clusters by modality, each a ``ClusterConfig`` or a mapping with its fields. Names are
@@ -204,8 +203,12 @@ class AttentionClusterClassifier(nn.Module):
         arguments = dict(config)
         order = arguments.pop("order", None)
         modalities = arguments.pop("modalities")
+        if not isinstance(modalities, Mapping):
+            raise TypeError(f"modalities must be a mapping, got {type(modalities).__name__}")
         if order is not None:
-            if isinstance(order, str) or sorted(order) != sorted(modalities):
+            if not isinstance(order, (list, tuple)):
+                raise TypeError(f"order must be a list of names, got {type(order).__name__}")
+            if len(order) != len(modalities) or any(order.count(name) != 1 for name in modalities):
                 raise ValueError(f"order must name each of {', '.join(modalities)} once, got {order!r}")
             modalities = {name: modalities[name] for name in order}
         return cls(modalities, **arguments, device=device, dtype=dtype)
@@ -320,7 +323,7 @@ class AttentionClusterClassifier(nn.Module):
     def _of_mean(self, name: str) -> Tensor:
         """The cluster's output (1, N * M) on the set that is the mean alone; NaN while that is not known."""
         known = self.means_known[list(self.modalities).index(name)]
-        if checks._readable(known) and not known:
+        if checks.readable(known) and not known:
             raise ValueError(
                 f"modality {name!r} is missing from a video and its mean is not known: give it to set_means"
             )
@@ -341,7 +344,7 @@ class AttentionClusterClassifier(nn.Module):
             return self._of_mean(name).expand(y.size(0), -1)
         else:
             return y
-        if checks._readable(missing) and not missing.any():
+        if checks.readable(missing) and not missing.any():
             return y
         return torch.where(missing.unsqueeze(1), self._of_mean(name), y)
 
@@ -478,7 +481,7 @@ class AttentionClusterClassifier(nn.Module):
 
     @staticmethod
     def _check_labels(labels: Tensor, highest: int) -> None:
-        if labels.numel() and checks._readable(labels):
+        if labels.numel() and checks.readable(labels):
             low, high = (v.item() for v in torch.aminmax(labels))
             if not (low >= 0 and high <= highest):  # so that NaN is refused
                 raise ValueError(f"labels must lie in 0...{highest}, got values in {low}...{high}")
