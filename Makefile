@@ -58,7 +58,7 @@ $(LIBRARY): $(VENV)/.torch setup.py $(SOURCES)
 
 $(VENV)/.installed: $(VENV)/.torch constraints.txt pyproject.toml setup.py | $(LIBRARY)
 	@echo "== installing fastac (editable) and what the demo and the tests need"
-	@CXX="$(CXX)" $(PIP) --quiet --no-build-isolation --editable ".[demo,test]"
+	@CXX="$(CXX)" $(PIP) --quiet --no-build-isolation --editable ".[test]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed

@@ -164,6 +164,7 @@ def check_eps(eps: float, double: bool) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
+    """Whether values may be looked at: nothing is being traced, and no device must be waited for."""
     if is_compiling() or type(tensor) is not Tensor:
         return False
     return tensor.is_cpu or (os.environ.get("FASTAC_CHECK") == "1" and tensor.device.type != "meta")

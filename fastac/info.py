@@ -1,4 +1,4 @@
-"""What `python -m fastac info` lists: versions, native library, backends, limits, environment."""
+"""What `fastac info` lists: versions, native library, backends, limits, environment."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,18 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastac import _native, backends, demo
-from fastac.data import Digits, FlashMNIST, NoiseSampler, NoisyDigits, load_digits28
-from fastac.models import FlashMNISTClassifier, FrameCNN
-from fastac.models.flash_mnist import (
-    accuracy,
-    extract_features,
-    frame_accuracy,
-    normalised,
-    pretrain,
-    shuffled_batches,
-    train_step,
-)
+from fastac import _native, backends
+from fastac.cli import demo, main
+from fastac.data import Digits, FeatureArray, FlashMNIST, NoiseSampler, NoisyDigits, load_digits28
+from fastac.experiments import speed
+from fastac.experiments.flash_mnist import MODALITY, class_names
+from fastac.experiments.table1 import make_model
+from fastac.models import FrameCNN
+from fastac.models.frame_cnn import extract_features, frame_accuracy, normalised, pretrain
+from fastac.training import OptimizerConfig, Trainer, TrainingConfig, evaluate
 
 pytestmark = pytest.mark.xdist_group("demo")  # what is built once is shared
 
@@ -76,21 +73,28 @@ def test_the_system_learns_three_digits(digits: Digits, cnn: FrameCNN) -> None:
     )
     features, test_features = extract_features(cnn, train), extract_features(cnn, test)
     assert features.shape == (480, 8, 50)
-    torch.testing.assert_close(features.exp().sum(-1), torch.ones(480, 8))
+    np.testing.assert_allclose(np.exp(features).sum(-1), np.ones((480, 8)), rtol=1e-5)
     for number in (0, 479):
         expected = cnn.features(normalised(train.video(number)))
-        torch.testing.assert_close(features[number], expected, rtol=1e-4, atol=1e-4)
-    labels, test_labels = torch.from_numpy(train.set_labels), torch.from_numpy(test.set_labels)
+        np.testing.assert_allclose(features[number], expected.numpy(), rtol=1e-4, atol=1e-4)
+    data, test_data = (
+        FeatureArray({MODALITY: array}, videos.set_labels, class_names(8))
+        for array, videos in ((features, train), (test_features, test))
+    )
     torch.manual_seed(0)
-    model = FlashMNISTClassifier(16, num_classes=8)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    order = torch.Generator().manual_seed(0)
-    before = accuracy(model, test_features, test_labels)
-    for _ in range(25):
-        for batch in shuffled_batches(len(labels), 32, order):
-            train_step(model, optimizer, features[batch], labels[batch])
-    assert before < 0.4
-    assert accuracy(model, test_features, test_labels) > 0.6  # chance: 1/8
+    model = make_model("fc1", 16, shift=True, num_classes=8)
+    assert evaluate(model, test_data)["accuracy"] < 0.4
+    config = TrainingConfig(
+        epochs=25,
+        batch_size=32,
+        optimizer=OptimizerConfig(name="adam", lr=3e-3),
+        clip_norm=None,
+        class_weights=False,
+        seed=0,
+    )
+    results = Trainer(model, data, test_data, config).fit()
+    assert results[-1].values["validation_accuracy"] > 0.6  # chance: 1/8
+    assert evaluate(model, test_data)["accuracy"] == results[-1].values["validation_accuracy"]
 
 
 def test_pretraining_freezes_the_cnn(cnn: FrameCNN) -> None:
@@ -98,12 +102,35 @@ def test_pretraining_freezes_the_cnn(cnn: FrameCNN) -> None:
     assert not any(parameter.requires_grad for parameter in cnn.parameters())
 
 
-def test_features_of_a_cnn_in_training_are_refused(digits: Digits) -> None:
+def test_a_cnn_in_training_is_refused(digits: Digits) -> None:
+    noise = NoiseSampler(digits)
     videos = FlashMNIST(
-        digits.test_images, digits.test_labels, NoiseSampler(digits), videos_per_set=1, num_digits=1, length=2
+        digits.test_images, digits.test_labels, noise, videos_per_set=1, num_digits=1, length=2
     )
     with pytest.raises(ValueError, match="cnn must be in eval mode"):
         extract_features(FrameCNN(), videos)
+    with pytest.raises(ValueError, match="cnn must be in eval mode"):
+        frame_accuracy(FrameCNN(), NoisyDigits(digits.test_images, digits.test_labels, noise, count=10))
+
+
+def test_features_go_where_they_are_asked_for(digits: Digits, cnn: FrameCNN) -> None:
+    videos = FlashMNIST(
+        digits.test_images,
+        digits.test_labels,
+        NoiseSampler(digits),
+        videos_per_set=3,
+        num_digits=5,
+        length=10,
+    )
+    out = np.zeros((96, 10, 50), dtype=np.float32)
+    done: list[int] = []
+    assert extract_features(cnn, videos, out=out, progress=done.append) is out
+    assert done == [64, 32]
+    np.testing.assert_array_equal(out, extract_features(cnn, videos))
+    with pytest.raises(ValueError, match=r"out must be \(96, 10, 50\) float32, got \(95, 10, 50\) float32"):
+        extract_features(cnn, videos, out=out[:95])
+    with pytest.raises(ValueError, match="frames must be at least one epoch, got none"):
+        pretrain(FrameCNN(), [])
 
 
 def test_pixels_are_standardised() -> None:
@@ -115,125 +142,113 @@ def test_pixels_are_standardised() -> None:
 
 @pytest.mark.parametrize("weighting", ["fc1", "fc2", "gated", "average"])
 def test_the_classifier_takes_every_weighting(weighting: str) -> None:
-    model = FlashMNISTClassifier(4, weighting=weighting)
+    model = make_model(weighting, 4, shift=True, num_classes=1024)
     assert model(torch.randn(2, 25, 50)).shape == (2, 1024)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "ROUNDS", 2)
+    monkeypatch.setattr(demo, "STEPS", 4)
+    monkeypatch.setattr(speed, "PASSES", 10)
+
+
 def test_the_demo_runs_and_reuses_its_features(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(backends, "current", None)
-    monkeypatch.setattr(demo, "COMPARED_STEPS", 15)
     picture = tmp_path / "pictures" / "video.png"
-    assert demo.main([*SMALL, "--output", str(picture)]) == 0
-    first = capsys.readouterr().out
-    assert "\r" not in first  # no progress bar where standard output is not a terminal
-    assert "reduced set" in first
-    assert "training the frame CNN" in first
-    assert "epoch  2/2" in first
-    assert "losses agree" in first
+    assert main(["demo", *SMALL, "--output", str(picture)]) == 0
+    out, err = capsys.readouterr()
+    assert "\r" not in out + err  # no progress bar where nothing is a terminal
+    assert "reduced set" in out
+    assert "training the frame CNN" in err
+    assert "frame accuracy of the CNN: " in out
+    assert "epoch 2/2" in err
+    assert "validation_accuracy" in err
+    assert "the same 8 steps, " in out
+    assert "losses agree" in out
+    assert f"picture               {picture}" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert ("the fused native operator" in first) == _native.available
+    assert ("the fused native operator" in out) == _native.available
 
     monkeypatch.setattr(_native, "available", False)
     monkeypatch.setattr(_native, "why_not", "taken away by this test")
-    assert demo.main([*SMALL, "--output", str(picture)]) == 0
-    second = capsys.readouterr().out
-    assert "reusing the features of an earlier run" in second
-    assert "training the frame CNN" not in second
-    assert (
-        "The native operator is not available (taken away by this test): running on the plain torch" in second
-    )
+    assert main(["demo", *SMALL, "--output", str(picture)]) == 0
+    out, err = capsys.readouterr()
+    assert "reusing the features of an earlier run" in err
+    assert "training the frame CNN" not in err
+    assert "The native operator is not available (taken away by this test): running on the plain torch" in out
+    assert "the same 8 steps, reference and plain torch in turn" in out
 
 
-def test_no_cache_neither_reads_nor_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def refuse(path: Path, *_: object) -> None:
-        raise AssertionError(f"the cache was touched: {path}")
-
-    monkeypatch.setattr(demo, "_read_cache", refuse)
-    monkeypatch.setattr(demo, "_write_cache", refuse)
-    system = "fastac.models.flash_mnist."
-    monkeypatch.setattr(system + "pretrain", lambda cnn, frames, progress: cnn.eval())
-    monkeypatch.setattr(
-        system + "extract_features", lambda cnn, videos, progress: torch.zeros(len(videos), 25, 50)
-    )
-    arguments = demo._parser().parse_args([*SMALL, "--no-cache"])
-    prepared = demo._prepare(load_digits28(), arguments)
-    assert prepared.train_features.shape == (1024, 25, 50)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_a_broken_cache_file_is_named_and_ignored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "features.pt"
-    path.write_bytes(b"not a torch file")
-    assert demo._read_cache(path) is None
-    assert f"{path} cannot be read" in capsys.readouterr().out
-    demo._write_cache(path, {"train": torch.ones(2)})
-    content = demo._read_cache(path)
-    assert content is not None
-    assert torch.equal(content["train"], torch.ones(2))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_comparison_notices_a_wrong_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    features = torch.randn(256, 25, 50).log_softmax(-1)
-    labels = torch.randint(1024, (256,))
-    model = FlashMNISTClassifier(8)
-    right = demo.compare_with_plain_torch(model, features, labels, seed=0, steps=12)
-    assert right.difference < 1e-4
-    assert len(right.losses) == 12
-
-    def unshifted(self: demo.PlainAttentionCluster, x: torch.Tensor) -> torch.Tensor:
+def test_a_disagreement_is_the_exit_status(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unshifted(self: speed.PlainAttentionCluster, x: torch.Tensor, **_: object) -> torch.Tensor:
         return (torch.nn.functional.linear(x, self.weight).softmax(dim=1).mT @ x).flatten(1)
 
-    monkeypatch.setattr(demo.PlainAttentionCluster, "forward", unshifted)
-    wrong = demo.compare_with_plain_torch(model, features, labels, seed=0, steps=12)
-    assert wrong.difference > demo.AGREEMENT
+    def without_work(cnn: FrameCNN, epochs: object, progress: object) -> None:
+        cnn.eval()
+
+    monkeypatch.setattr(speed.PlainAttentionCluster, "forward", unshifted)
+    monkeypatch.setattr("fastac.experiments.flash_mnist.pretrain", without_work)
+    argv = ["demo", *SMALL[:-1], "1", "--no-cache", "--output", str(tmp_path / "video.png")]
+    assert main(argv) == 1
+    assert "losses DO NOT AGREE" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_is_no_agreement() -> None:
-    times = demo.Times(1.0, 2.0)
-    assert demo.Comparison(times, times, [(1.0, 1.0), (math.nan, 1.0), (1.0, 1.0)]).difference == math.inf
-    assert demo.Comparison(times, times, [(1.0, 1.0), (1.5, 1.0)]).difference == 0.5
-    assert times.ratio == 2.0
+@pytest.mark.parametrize("asked", [None, "reference"])
+def test_which_operator_computes(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "current", asked)
+    name, line = speed.describe_backend()
+    assert name == (asked or ("cpu" if _native.available else "reference"))
+    assert ("as FASTAC_BACKEND or fastac.backend asks" in line) == (asked is not None)
 
 
-def test_units_shown_cover_the_frames_with_digits() -> None:
-    weights = torch.full((12, 6), 0.01)
-    weights[3, 4] = weights[7, 1] = 0.9
-    weights[5, 0] = 0.8
-    units = demo.choose_units(weights, [1, 4])
-    assert len(units) == demo.UNITS_SHOWN
-    assert {3, 5, 7} <= set(units)
-    assert units.index(7) < units.index(3)
+MISSING = """
+import os, sys
+from fastac.cli import main
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+for blocked in ("numpy", "tqdm", "matplotlib", "pandas"):
+    child = os.fork()
+    if not child:
+        sys.meta_path.insert(0, Blocked())
+        for name in [name for name in sys.modules if name.partition(".")[0] == blocked]:
+            del sys.modules[name]
+        status = main(["demo", "--help"])
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
 
-@pytest.mark.parametrize("name", ["numpy", "tqdm", "matplotlib"])
-def test_a_missing_dependency_is_one_line(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, name, None)
-    assert demo.main([]) == 2
-    captured = capsys.readouterr()
-    assert captured.err == f"The demo needs {name}, which is not installed: pip install 'fastac[demo]'\n"
-    assert captured.out == ""
+def test_a_missing_dependency_is_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
+    names = ("numpy", "tqdm", "matplotlib", "pandas")
+    assert done.stderr.splitlines() == [
+        f"Error: fastac demo needs {name}: pip install 'fastac[train]'" for name in names
+    ]
+    assert done.stdout.split() == ["1"] * len(names)
 
 
 def test_a_wrong_file_stops_the_demo_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTAC_DATA", str(tmp_path))
-    assert demo.main(["--no-cache"]) == 2
-    assert capsys.readouterr().err.startswith(f"The demo stops: FASTAC_DATA={tmp_path} must hold")
+    assert main(["demo", "--no-cache"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"Error: FASTAC_DATA={tmp_path} must hold")
+    assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("argv", [["--epochs", "0"], ["--seed", "-1"], ["--data", "cifar"]])
+@pytest.mark.parametrize(
+    "argv", [["--epochs", "0"], ["--seed", "-1"], ["--data", "cifar"], ["--output", "video.doc"]]
+)
 def test_bad_options(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        demo.main(argv)
-    assert stop.value.code == 2
+    assert main(["demo", *argv]) == 2
     assert argv[0] in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_import_is_lean() -> None:
         "pandas",
         "tqdm",
         "torch._inductor",
-        "fastac.demo",
+        "fastac.cli",
         "fastac.kernels",
     ]
     out = run(

@@ -24,7 +24,7 @@ class FeatureArray(Dataset[Any]):
         names: the videos' names; their numbers unless given.
 
     Raises:
-        TypeError: features or labels of another dtype.
+        TypeError: features or labels that are no arrays, or of another dtype.
         ValueError: shapes that do not fit each other, no modality, or a label outside 0…C-1.
     """
 
@@ -39,6 +39,9 @@ class FeatureArray(Dataset[Any]):
     ) -> None:
         if not features:
             raise ValueError("features must have at least one modality, got none")
+        for what, array in {"labels": labels, **{f"features[{m!r}]": a for m, a in features.items()}}.items():
+            if not isinstance(array, np.ndarray):
+                raise TypeError(f"{what} must be a numpy.ndarray, got {type(array).__name__}")
         if labels.ndim != 1:
             raise ValueError(f"labels must have shape (V,), got {labels.shape}")
         if labels.dtype != np.int64:
@@ -81,6 +84,21 @@ class FeatureArray(Dataset[Any]):
             features={m: torch.from_numpy(np.take(a, index, axis=0)) for m, a in self._features.items()},
             labels=self.labels[index],
             index=torch.from_numpy(index),
+        )
+
+    def head(self, count: int) -> FeatureArray:
+        """The first ``count`` videos, without a copy of their features.
+
+        Raises:
+            ValueError: count is not in 1…V.
+        """
+        if not 1 <= count <= len(self):
+            raise ValueError(f"count must be in 1…{len(self)}, got {count}")
+        return FeatureArray(
+            {modality: array[:count] for modality, array in self._features.items()},
+            self.labels[:count].numpy(),
+            self.class_names,
+            self.names[:count],
         )
 
     def collate(self, batch: FeatureBatch) -> FeatureBatch:

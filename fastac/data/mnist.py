@@ -174,7 +174,7 @@ def load_digits28() -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("scikit-learn is needed for its digits: pip install 'fastac[demo]'") from error
+        raise ImportError("scikit-learn is needed for its digits: pip install 'fastac[train]'") from error
     bunch: Any = load_digits()
     small = np.asarray(bunch.images, dtype=np.float64) * (255.0 / 16.0)  # (n, 8, 8), pixels 0…16
     resize = _bilinear(8, 28)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .classifier import AttentionClusterClassifier, ClusterConfig
-from .flash_mnist import FlashMNISTClassifier, FrameCNN
+from .frame_cnn import FrameCNN
 
-__all__ = ["AttentionClusterClassifier", "ClusterConfig", "FlashMNISTClassifier", "FrameCNN"]
+__all__ = ["AttentionClusterClassifier", "ClusterConfig", "FrameCNN"]

@@ -6,14 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and the group it is in; alone it is rank 0 of 1."""
+    """The group of processes, and which of them runs this; alone it is rank 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
@@ -29,6 +32,13 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
+    def gather(self, value: T) -> list[T]:
+        """What each process gives, by rank; it must be possible to pickle it."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
 
 def current() -> Processes:
     """The processes of the group that is open now."""
@@ -39,15 +49,21 @@ def current() -> Processes:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
-    """Joins the group that ``torchrun`` describes in the environment: NCCL on CUDA, else gloo; alone, nothing."""
+    """Joins the group that ``torchrun`` describes in the environment; alone there is nothing to join.
+
+    Processes speak by NCCL on CUDA, else by gloo. One that leaves with an exception must end: the others wait
+    for it until it does.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield current()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield current()
-    finally:
-        dist.destroy_process_group()
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=None if device.index is None else device)
+    else:
+        dist.init_process_group("gloo")
+    yield current()
+    # Not after an exception: closing the group may wait for processes that wait for this one.
+    dist.destroy_process_group()
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -66,7 +82,7 @@ def choose_device(name: str | None = None) -> torch.device:
             raise ValueError(f"device must be one of this machine, got {name!r}: torch sees no CUDA device")
         if device.index is None:
             device = torch.device("cuda", local_rank)
-        if device.index is not None and device.index >= torch.cuda.device_count():
+        if device.index >= torch.cuda.device_count():
             raise ValueError(
                 f"device must be one of this machine's {torch.cuda.device_count()} CUDA devices, got {device}"
             )

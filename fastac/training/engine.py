@@ -1,8 +1,8 @@
 """One training engine for every system here: epochs, steps, evaluation, checkpoints, processes.
 
-The paper's section 5.4 is `TrainingConfig`'s default: RMSProp, gradients clipped to norm 5, videos weighted by
-1/S. A batch is what one step of the optimizer sees; how many processes share it and in how many pieces they
-compute it changes rounding only (and dropout's draws).
+The paper's section 5.4 is `TrainingConfig`'s default: RMSProp, gradients clipped to norm 5, videos weighted
+by 1/S. A batch is what one step of the optimizer sees; how many processes share it and in how many pieces
+they compute it changes rounding only (and dropout's draws).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,7 +27,7 @@ from fastac.data.batch import FeatureBatch
 from . import checkpoint, distributed
 from .config import OptimizerConfig, TrainingConfig
 from .log import MetricsLog, Progress
-from .metrics import main_metric, make_metrics, update
+from .metrics import compute, main_metric, make_metrics, update
 from .sampler import BatchSampler, mixed_seed
 
 logger = logging.getLogger("fastac")
@@ -35,19 +35,25 @@ logger = logging.getLogger("fastac")
 DROPOUT, ORDER = 0, 1
 """What a seed is for."""
 
+MAY_CHANGE = {"epochs", "workers", "evaluation_batch_size", "tensorboard"}
+"""Settings that a run may be resumed with other values of: how long and how fast."""
+
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite."""
+    """Training cannot go on: the loss or a parameter is not finite."""
 
 
 class FeatureData(Protocol):
     """What the engine asks of a data set; `fastac.data.FeatureArray` and `FeatureSetDataset` are such."""
 
-    labels: Tensor | None
-    class_names: list[str]
-    names: list[str]
-    multi_label: bool
-
+    @property
+    def labels(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def class_names(self) -> list[str]: ...  # noqa: D102
+    @property
+    def names(self) -> list[str]: ...  # noqa: D102
+    @property
+    def multi_label(self) -> bool: ...  # noqa: D102
     @property
     def modalities(self) -> Mapping[str, int]: ...  # noqa: D102
     @property
@@ -93,6 +99,9 @@ class EpochResult:
 class Trainer:
     """Trains a model on a data set, with everything that a long run needs.
 
+    With several processes each has a Trainer, made with the same arguments. The model's state is that of rank
+    0, which alone writes files.
+
     Args:
         model: takes ``**batch.inputs()`` and has ``losses(scores, labels) -> (B,)``.
         train_data, validation_data: the data sets; without the latter nothing is evaluated and the last
@@ -103,7 +112,7 @@ class Trainer:
         show_progress: bars or progress lines while an epoch runs.
 
     Raises:
-        ValueError: an empty training set, or one without labels.
+        ValueError: an empty data set, one without labels, or two with other classes or kinds of labels.
     """
 
     def __init__(
@@ -117,15 +126,19 @@ class Trainer:
         device: torch.device | str = "cpu",
         show_progress: bool = True,
     ) -> None:
-        if train_data.labels is None:
-            raise ValueError("train_data must have labels, got a data set without")
-        if not len(train_data):
-            raise ValueError("train_data must have at least one video, got none")
+        _check_data("train_data", train_data)
+        if validation_data is not None:
+            _check_data("validation_data", validation_data)
+            for what in ("multi_label", "num_classes"):
+                wanted, given = getattr(train_data, what), getattr(validation_data, what)
+                if wanted != given:
+                    raise ValueError(f"validation_data must have {what} {wanted} as train_data, got {given}")
         self.config, self.directory = config, directory
         self.device = torch.device(device)
         self.processes = distributed.current()
         self.model = model.to(self.device)
-        self.optimizer = make_optimizer(model.parameters(), config.optimizer)
+        self._parameters = list(model.parameters())
+        self.optimizer = make_optimizer(self._parameters, config.optimizer)
         self.epoch = 0
         self.best = -math.inf
         self._train_data, self._validation_data = train_data, validation_data
@@ -156,25 +169,71 @@ class Trainer:
         """Goes back to where the run in ``directory`` was; False if there is nothing to go back to.
 
         The epochs that follow are those of a run that was never interrupted: order and dropout depend on
-        the seed and the epoch only.
+        the seed and the epoch only. The settings must be those of the run, except for how long and how fast
+        (`MAY_CHANGE`). To the bit it is so on the CPU, with the same number of threads and processes.
 
         Raises:
-            fastac.training.CheckpointError: the checkpoint cannot be read or is of another model.
+            fastac.training.CheckpointError: the checkpoint cannot be read, is of another model or of other
+                settings, or not all processes see the same one. The model may have changed.
         """
-        if self.checkpoints is None or not checkpoint.exists(self.checkpoints):
+        if self.checkpoints is None:
             return False
-        state = checkpoint.read_state(self.checkpoints)
-        checkpoint.load_model(self.checkpoints, self.model)
-        checkpoint.load_optimizer(self.checkpoints, self.optimizer)
-        self.epoch, self.best = int(state["epoch"]), float(state["best"])
-        return True
+        problem = None
+        try:
+            if checkpoint.exists(self.checkpoints):
+                self._load(self.checkpoints)
+        except checkpoint.CheckpointError as error:
+            problem = error
+        # All or none go on: one process alone would wait for the others.
+        found = self.processes.gather((self.epoch, None if problem is None else str(problem)))
+        if problem is not None:
+            raise problem
+        for rank, (epoch, message) in enumerate(found):
+            if message is not None:
+                raise checkpoint.CheckpointError(f"process {rank}: {message}")
+            if epoch != self.epoch:
+                raise checkpoint.CheckpointError(
+                    f"{self.checkpoints} must be the same for all processes: the last checkpoint is of epoch "
+                    f"{epoch} for process {rank} and of {self.epoch} for process {self.processes.rank}"
+                )
+        return self.epoch > 0
+
+    def _load(self, directory: Path) -> None:
+        state = checkpoint.read_state(directory)
+        before, now = state.get("training"), self.config.model_dump(mode="json")
+        if before is not None:  # an earlier version kept none
+            differing = [
+                f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+                for name in dict.fromkeys((*before, *now))
+                if name not in MAY_CHANGE and before.get(name) != now.get(name)
+            ]
+            if differing:
+                raise checkpoint.CheckpointError(
+                    f"{directory} is of a run with other settings: {'; '.join(differing)}"
+                )
+        checkpoint.load_model(directory, self.model)
+        checkpoint.load_optimizer(directory, self.optimizer)
+        best = state.get("best")
+        self.epoch, self.best = state["epoch"], -math.inf if best is None else float(best)
 
     def fit(self) -> list[EpochResult]:
         """Trains up to ``config.epochs``, from where the run is; returns what the epochs gave.
 
         Raises:
-            TrainingError: a loss that is not finite; the checkpoints of earlier epochs stay.
+            TrainingError: a loss or a parameter that is not finite; the checkpoints of earlier epochs stay.
+            fastac.training.CheckpointError: ``directory`` has a run that is at another epoch.
+            ImportError: ``config.tensorboard``, and TensorBoard is not installed.
+            ValueError: ``directory`` has a metrics.csv that is not of a run.
         """
+        if self.epoch >= self.config.epochs:
+            return []
+        if self.checkpoints is not None and checkpoint.exists(self.checkpoints):
+            there = checkpoint.read_state(self.checkpoints)["epoch"]
+            if there != self.epoch:
+                raise checkpoint.CheckpointError(
+                    f"{self.directory} has a run of {there} epochs, this one is at epoch {self.epoch}: "
+                    "resume it or choose another folder"
+                )
         log = None
         if self.directory is not None and self.processes.first:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -188,7 +247,11 @@ class Trainer:
                 if log is not None:
                     log.add(result.epoch, result.values)
                 if self.checkpoints is not None and self.processes.first:
-                    state = {"best": self.best, "values": result.values}
+                    state = {
+                        "best": self.best if math.isfinite(self.best) else None,
+                        "values": result.values,
+                        "training": self.config.model_dump(mode="json"),
+                    }
                     checkpoint.save(
                         self.checkpoints, self.epoch, self.model, self.optimizer, state, best=best
                     )
@@ -204,12 +267,6 @@ class Trainer:
         started = time.perf_counter()
         values = {"train_loss": self._train(number)}
         values["train_seconds"] = time.perf_counter() - started
-        if not math.isfinite(values["train_loss"]):
-            raise TrainingError(
-                f"the loss of epoch {number} is {values['train_loss']}: a smaller learning rate, a limit on the "
-                "gradients' norm (clip_norm) or float32 may help"
-            )
-        self.epoch = number
         best = True
         if self._validation_data is not None:
             evaluation = evaluate(
@@ -223,14 +280,13 @@ class Trainer:
             )
             values.update({f"validation_{name}": value for name, value in evaluation.items()})
             reached = evaluation[main_metric(multi_label=self._train_data.multi_label)]
-            best = reached > self.best or not math.isfinite(self.best)
-            self.best = max(reached, self.best)
-        logger.info(
-            "epoch %d/%d  %s",
-            number,
-            self.config.epochs,
-            "  ".join(f"{k} {v:.4g}" for k, v in values.items()),
-        )
+            best = reached > self.best or self.best == -math.inf
+            if reached > self.best:  # not if it is NaN, as no label can make it
+                self.best = reached
+        self.epoch = number
+        if self.processes.first:
+            text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            logger.info("epoch %d/%d  %s", number, self.config.epochs, text)
         return EpochResult(number, values), best
 
     def _train(self, number: int) -> float:
@@ -251,30 +307,40 @@ class Trainer:
                 for piece in range(config.accumulation):
                     total += self._backward(next(batches), size, synchronise=piece == last_piece)
                 if config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+                    nn.utils.clip_grad_norm_(self._parameters, config.clip_norm)
                 self.optimizer.step()
                 progress.advance(size)
         if self.processes.world_size > 1:
             dist.all_reduce(total)
-        return float(total) / len(self._train_data)
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        loss = float(total) / len(self._train_data)
+        finite = torch.stack([p.detach().isfinite().all() for p in self._parameters]).all()
+        if not math.isfinite(loss) or not finite:
+            what = "loss" if not math.isfinite(loss) else "last step"
+            raise TrainingError(
+                f"the {what} of epoch {number} is not finite: a smaller learning rate, a limit on the "
+                "gradients' norm (clip_norm) or float32 may help"
+            )
+        return loss
 
     def _backward(self, batch: FeatureBatch, size: int, *, synchronise: bool) -> Tensor:
-        """Adds the gradient of this process's share of a batch of ``size`` videos; returns its summed loss."""
-        batch = batch.to(self.device, non_blocking=True)
+        """Adds the gradient of this process's share of ``size`` videos; returns the share's summed loss."""
+        batch = _moved(batch, self.device)
         assert batch.labels is not None
-        together = nullcontext()
+        together: AbstractContextManager[Any] = nullcontext()
         if not synchronise and isinstance(self._parallel, DistributedDataParallel):
             together = self._parallel.no_sync()
         with together:
             with _autocast(self.device, self.config.precision):
                 scores = self._parallel(**batch.inputs())
-                losses = cast(Any, self.model).losses(scores, batch.labels)  # (B,)
+                losses: Tensor = cast(Any, self.model).losses(scores, batch.labels)  # (B,)
             if self._weights is not None:
                 losses = losses * self._weights[batch.labels]
             loss = losses.sum()
             # Processes average their gradients; the loss is a mean over the videos of all of them.
             (loss * (self.processes.world_size / size)).backward()
-        return loss.detach().double()
+        return loss.detach()
 
 
 def evaluate(
@@ -289,26 +355,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metrics over a whole data set, shared by the processes of the group; see `make_metrics`.
 
-    Leaves the model in the mode it was in.
+    The loss is the mean over the videos, without weights. Leaves the model in the mode it was in.
 
     Raises:
         ValueError: an empty data set, or one without labels.
     """
-    if data.labels is None or not len(data):
-        raise ValueError(f"data must have labelled videos to be evaluated on, got {len(data)} without labels")
+    _check_data("data", data)
     device = torch.device(device)
     metrics = make_metrics(data.num_classes, multi_label=data.multi_label).to(device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch, scores in _scores(model, data, device, batch_size, workers, precision, show_progress):
         assert batch.labels is not None
-        total += cast(Any, model).losses(scores, batch.labels).sum().double()
-        update(metrics, scores, batch.labels)
+        total += cast(Any, model).losses(scores, batch.labels).sum()
+        update(metrics, scores, batch.labels, multi_label=data.multi_label)
     if distributed.current().world_size > 1:
         dist.all_reduce(total)
-    return {
-        "loss": float(total) / len(data),
-        **{name: float(value) for name, value in metrics.compute().items()},
-    }
+    return {"loss": float(total) / len(data), **compute(metrics)}
 
 
 def predict(
@@ -321,7 +383,11 @@ def predict(
     precision: str = "float32",
     show_progress: bool = False,
 ) -> Iterator[tuple[FeatureBatch, Tensor]]:
-    """Batches of a data set and their class probabilities ``(B, C)``, in the data set's order."""
+    """Batches of a data set and their class probabilities ``(B, C)``, in the data set's order.
+
+    In a group of processes each gets its share of every batch, which may be empty; ``batch.index`` says of
+    what. The model is in eval mode until the iterator ends or is closed.
+    """
     device = torch.device(device)
     for batch, scores in _scores(model, data, device, batch_size, workers, precision, show_progress):
         yield batch, cast(Any, model).probabilities(scores)
@@ -348,13 +414,20 @@ def _scores(
             for size, batch in zip(
                 sampler.batch_sizes(), _loader(data, sampler, workers, device), strict=True
             ):
-                moved = batch.to(device, non_blocking=True)
+                moved = _moved(batch, device)
                 with _autocast(device, precision):
                     scores = model(**moved.inputs())
-                yield moved, scores.float()
+                yield moved, scores
                 progress.advance(size)
     finally:
         model.train(was_training)
+
+
+def _check_data(name: str, data: FeatureData) -> None:
+    if not len(data):
+        raise ValueError(f"{name} must have at least one video, got none")
+    if data.labels is None:
+        raise ValueError(f"{name} must have labels, got a data set without")
 
 
 def _loader(
@@ -369,5 +442,11 @@ def _loader(
     )
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+def _moved(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
+    return batch if device.type == "cpu" else batch.to(device, non_blocking=True)
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

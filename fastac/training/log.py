@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.csv, TensorBoard's events, and progress on the terminal or in a log file."""
+"""What a run leaves to read: metrics.csv, TensorBoard's events, progress on a terminal or in a log file."""
 
 from __future__ import annotations
 
@@ -28,37 +28,46 @@ class MetricsLog:
         tensorboard: write events to ``directory/tensorboard`` too.
 
     Raises:
-        ImportError: TensorBoard is asked for and not installed.
+        ImportError: TensorBoard is asked for and not installed; nothing was written.
+        ValueError: a ``metrics.csv`` is there that is none of these.
     """
 
     def __init__(self, directory: Path, *, epochs_done: int, tensorboard: bool) -> None:
         self._path = directory / "metrics.csv"
         self.rows = [row for row in self._read() if int(row["epoch"]) <= epochs_done]
-        self._write()
         self._events: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError(
-                    "TensorBoard is not installed: pip install 'fastac[train]', or set training.tensorboard to false"
+                    "TensorBoard is not installed: pip install 'fastac[train]', "
+                    "or set training.tensorboard to false"
                 ) from error
             self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=epochs_done + 1)
+        self._write()
 
     def _read(self) -> list[dict[str, str]]:
         if not self._path.is_file():
             return []
         with self._path.open(newline="") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        if not all((row.get("epoch") or "").isdecimal() for row in rows):
+            raise ValueError(f"{self._path} must have the number of an epoch in each row, under epoch")
+        return rows
 
     def _write(self) -> None:
         """Replaces the file in one step: a reader never sees half a row."""
         temporary = self._path.with_suffix(".part")
         with temporary.open("w", newline="") as file:
             if self.rows:
-                writer = csv.DictWriter(file, list(self.rows[0]))
+                # A run that is resumed with a validation set has more columns from then on.
+                columns = dict.fromkeys(name for row in self.rows for name in row)
+                writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(self.rows)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self._path)
 
     def add(self, epoch: int, values: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 
 
 def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers; near ones give unrelated seeds."""
+    """One 63-bit seed from several numbers; near ones, if they are as many, give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -59,11 +59,20 @@ class BatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self._shuffle:
             generator = torch.Generator().manual_seed(mixed_seed(self._seed, self._epoch))
-            order = torch.randperm(self._count, generator=generator)
+            order = torch.randperm(self._count, generator=generator).numpy()
         else:
-            order = torch.arange(self._count)
-        if not self._count:
-            return
-        for batch in order.split(self._batch_size):
-            for piece in batch.tensor_split(self._pieces):
-                yield piece.tensor_split(self._world_size)[self._rank].tolist()
+            order = np.arange(self._count)
+        first = 0
+        for size in self.batch_sizes():
+            for number in range(self._pieces):
+                start, stop = _part(size, self._pieces, number)
+                share_start, share_stop = _part(stop - start, self._world_size, self._rank)
+                yield order[first + start + share_start : first + start + share_stop].tolist()
+            first += size
+
+
+def _part(count: int, parts: int, number: int) -> tuple[int, int]:
+    """Where part ``number`` of ``count`` things lies, as `torch.tensor_split` cuts: longer parts first."""
+    length, longer = divmod(count, parts)
+    start = number * length + min(number, longer)
+    return start, start + length + (number < longer)

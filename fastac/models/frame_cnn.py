@@ -1,7 +1,6 @@
-"""The system of Long et al. (CVPR 2018, section 4) for Flash-MNIST: a frame CNN, then an attention cluster.
+"""The frame CNN of Long et al. (CVPR 2018, section 4) for Flash-MNIST: trained on single frames, then frozen.
 
-The CNN is trained on single frames and frozen; the classifier sees its features only. Layers and settings are
-those of the authors' code.
+An attention cluster sees its features only. Layers and settings are those of the authors' code.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastac import AttentionCluster
 from fastac.data.flash_mnist import BLOCK, FlashMNIST, NoisyDigits
 
 MEAN, STD = 0.1307, 0.3081
@@ -81,11 +79,16 @@ def pretrain(
     A sequence of sets of frames is one epoch each, and the loss is the last one's.
 
     The CNN is left in eval mode with frozen parameters, in channels-last layout (twice as fast on CPUs).
+
+    Raises:
+        ValueError: an empty sequence.
     """
+    epochs = [frames] if isinstance(frames, NoisyDigits) else list(frames)
+    if not epochs:
+        raise ValueError("frames must be at least one epoch, got none")
     cnn.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cnn.train().requires_grad_(True)
     optimizer = torch.optim.Adam(cnn.parameters(), lr=lr, fused=True)
-    epochs = [frames] if isinstance(frames, NoisyDigits) else frames
     with _one_thread():
         for epoch in epochs:
             total = torch.zeros((), dtype=torch.float64)
@@ -104,13 +107,23 @@ def pretrain(
 
 @torch.no_grad()
 def frame_accuracy(cnn: FrameCNN, frames: NoisyDigits) -> float:
-    """The share of frames whose class the CNN (in eval mode) names."""
+    """The share of frames whose class the CNN names.
+
+    Raises:
+        ValueError: the CNN is in training mode.
+    """
+    _check_eval(cnn)
     correct = 0
     with _one_thread():
         for images, labels in frames.batches(256):
             x = normalised(images).contiguous(memory_format=torch.channels_last)
             correct += int((cnn(x).argmax(-1) == torch.from_numpy(labels)).sum())
     return correct / len(frames)
+
+
+def _check_eval(cnn: FrameCNN) -> None:
+    if cnn.training:
+        raise ValueError("cnn must be in eval mode, it is in training mode")
 
 
 def extract_features(
@@ -132,8 +145,7 @@ def extract_features(
         ValueError: the CNN is in training mode, in which dropout would be in the features; or out has another
             shape or dtype.
     """
-    if cnn.training:
-        raise ValueError("cnn must be in eval mode, it is in training mode")
+    _check_eval(cnn)
     shape = (len(videos), videos.length, FEATURES)
     features = np.empty(shape, dtype=np.float32) if out is None else out
     if features.shape != shape or features.dtype != np.float32:
@@ -157,66 +169,3 @@ def extract_features(
             if progress is not None:
                 progress(done)
     return features
-
-
-class FlashMNISTClassifier(nn.Module):
-    """Attention cluster, dropout, one linear layer.
-
-    Args:
-        cluster_size: N, the number of attention units.
-        weighting, shift: as for ``fastac.AttentionCluster``. "average" repeats the mean N times, as the
-            paper's table does, so that the last layer keeps its size.
-        in_features: M of the local features.
-        num_classes: sets of digits.
-        dropout: probability of dropping an entry of the cluster's output.
-    """
-
-    def __init__(
-        self,
-        cluster_size: int = 64,
-        *,
-        weighting: str = "fc1",
-        shift: bool = True,
-        in_features: int = FEATURES,
-        num_classes: int = 1024,
-        dropout: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.cluster: nn.Module = AttentionCluster(
-            in_features, cluster_size, weighting=weighting, shift=shift
-        )
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(cluster_size * in_features, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Local features ``(B, L, M)`` to class scores ``(B, num_classes)``, for ``F.cross_entropy``."""
-        scores: Tensor = self.fc(self.dropout(self.cluster(x)))
-        return scores
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> Tensor:
-    """One step on features ``(B, L, M)`` and labels ``(B,)``; returns the loss, detached."""
-    loss = F.cross_entropy(model(x), labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def shuffled_batches(count: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Index tensors that visit 0…count-1 once, in random order."""
-    batches: tuple[Tensor, ...] = torch.randperm(count, generator=generator).split(batch_size)
-    return batches
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, features: Tensor, labels: Tensor, *, batch_size: int = 1024) -> float:
-    """The share of videos whose label has the highest score; leaves the model in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    correct: int = sum(
-        int((model(x).argmax(-1) == y).sum())
-        for x, y in zip(features.split(batch_size), labels.split(batch_size), strict=True)
-    )
-    model.train(was_training)
-    return correct / len(labels)

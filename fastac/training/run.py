@@ -1,0 +1,329 @@
+"""A run's folder: its configuration, its model, its classes; made by training, read by the other commands.
+
+config.yaml     all settings
+model.json      system, classes, and what `from_config` of the system's class takes
+problems.csv    what was wrong with the features, if anything was
+metrics.csv     one row per epoch
+checkpoints/    `last` and `best`, see `fastac.training.checkpoint`
+tensorboard/    events
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastac.data.feature_sets import FeatureSetDataset
+from fastac.data.problems import write_problems
+from fastac.data.sampling import EqualIntervals, RandomSampling, Sampling
+from fastac.models import AttentionClusterClassifier, ClusterConfig
+
+from . import checkpoint
+from .engine import MAY_CHANGE
+from .run_config import AttentionClusterSettings, ConfigError, RunConfig, dump, load
+
+CONFIG, MODEL, PROBLEMS, CHECKPOINTS = "config.yaml", "model.json", "problems.csv", "checkpoints"
+SYSTEM = "attention-cluster"
+
+
+class RunError(RuntimeError):
+    """A folder is not what a command needs: no run, or another run than the one asked for."""
+
+
+@dataclass
+class Run:
+    """A trained model and what it was trained on.
+
+    Attributes:
+        directory: of the run.
+        model: in eval mode, with the parameters of the checkpoint asked for.
+        class_names: the C classes.
+        config: the settings, or None for a run that is not of `fastac train`.
+        state: what the checkpoint says of itself: ``epoch``, ``values``.
+    """
+
+    directory: Path
+    model: AttentionClusterClassifier
+    class_names: list[str]
+    config: RunConfig | None
+    state: dict[str, Any]
+
+    @property
+    def modalities(self) -> dict[str, int]:
+        """The dimension M of each modality."""
+        return {name: cluster.in_features for name, cluster in self.model.modalities.items()}
+
+
+def make_model(
+    settings: AttentionClusterSettings, modalities: Mapping[str, int], num_classes: int, *, multi_label: bool
+) -> AttentionClusterClassifier:
+    """The model that the settings describe, for modalities with these dimensions.
+
+    Raises:
+        ValueError: settings for a modality that the data lack.
+    """
+    unknown = sorted(set(settings.clusters) - set(modalities))
+    if unknown:
+        raise ValueError(
+            f"model.clusters must be of the data's modalities {', '.join(modalities)}, "
+            f"got {', '.join(unknown)}"
+        )
+    clusters = {
+        name: ClusterConfig(
+            in_features=dimension, **settings.clusters.get(name, settings.cluster).model_dump()
+        )
+        for name, dimension in modalities.items()
+    }
+    return AttentionClusterClassifier(
+        clusters, num_classes, dropout=settings.dropout, multi_label=multi_label
+    )
+
+
+def initial_model(config: RunConfig, train: FeatureSetDataset) -> AttentionClusterClassifier:
+    """The untrained model of a configuration, drawn from its seed, with the training set's mean features."""
+    torch.manual_seed(config.training.seed)
+    model = make_model(config.model, train.modalities, train.num_classes, multi_label=train.multi_label)
+    model.set_means(train.mean_features())
+    return model
+
+
+def open_data(config: RunConfig) -> tuple[FeatureSetDataset, FeatureSetDataset | None]:
+    """The training and the validation set of a configuration.
+
+    Raises:
+        fastac.data.DataProblemsError: data that cannot be used, with all that is wrong.
+    """
+    data = config.data
+    common: dict[str, Any] = {
+        "multi_label": data.multi_label,
+        "seed": config.training.seed,
+        "on_error": data.on_error,
+        "check": data.check,
+        "in_memory": data.in_memory,
+    }
+    train = FeatureSetDataset(
+        data.features,
+        data.labels,
+        split=data.train_split,
+        modalities=data.modalities,
+        class_names=data.class_names,
+        sampling=_sampling(RandomSampling, data.train_features),
+        **common,
+    )
+    if data.validation_split is None:
+        return train, None
+    validation = FeatureSetDataset(
+        data.features,
+        data.labels,
+        split=data.validation_split,
+        modalities=train.modalities,
+        class_names=train.class_names,
+        sampling=_sampling(EqualIntervals, data.test_features),
+        **common,
+    )
+    return train, validation
+
+
+def open_like_training(
+    run: Run, features: Path | None, labels: Path | None, *, split: str | None = None, check: str = "full"
+) -> FeatureSetDataset:
+    """Other features for a trained model: the modalities, dimensions, classes and test sampling of its run.
+
+    Args:
+        run: the trained model.
+        features: a folder or file; that of the training unless given.
+        labels: a CSV file, or None for features without labels.
+        split: the split to take.
+        check: as for `fastac.data.FeatureSetDataset`.
+
+    Raises:
+        fastac.data.DataProblemsError: data that cannot be used.
+        RunError: no features given, and the run has none, or they are not where they were.
+        OSError, ImportError, TypeError, ValueError: as `fastac.data.FeatureSetDataset`.
+    """
+    data = None if run.config is None else run.config.data
+    if features is None:
+        if data is None:
+            raise RunError(f"{run.directory} was not trained by fastac train: say where the features are")
+        features = data.features
+        if not features.exists():
+            raise RunError(
+                f"the features of the training are not at {features} any more: --features must say where"
+            )
+    return FeatureSetDataset(
+        features,
+        labels,
+        split=split,
+        modalities=run.modalities,
+        class_names=run.class_names if labels is not None else None,
+        multi_label=run.model.multi_label,
+        sampling=None if data is None else _sampling(EqualIntervals, data.test_features),
+        check=check,
+    )
+
+
+def save_run(
+    directory: Path, model: AttentionClusterClassifier, class_names: list[str], config: RunConfig | None
+) -> None:
+    """Writes config.yaml and model.json, by which `load_run` makes the model again."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        _write(directory / CONFIG, dump(config))
+    description = {"system": SYSTEM, "class_names": class_names, "model": model.config}
+    _write(directory / MODEL, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_problems(directory: Path, *data: FeatureSetDataset | None) -> int:
+    """Writes what was wrong with the data to problems.csv; returns how many entries."""
+    problems = list(dict.fromkeys(p for d in data if d is not None for p in d.problems))
+    path = directory / PROBLEMS
+    if problems:
+        write_problems(problems, path)
+    else:
+        path.unlink(missing_ok=True)
+    return len(problems)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a folder has a run; it may be of another command, or killed before its first checkpoint."""
+    return any(os.path.lexists(directory / name) for name in (CONFIG, MODEL, CHECKPOINTS))
+
+
+def check_settings(directory: Path, config: RunConfig) -> None:
+    """Whether the run in a folder may be resumed with these settings.
+
+    Settings may differ in how long and how fast (`fastac.training.engine.MAY_CHANGE`) and in where the data
+    are, as they may have been moved.
+
+    Raises:
+        RunError: it is not a run of fastac train, or all settings that differ.
+        ConfigError: its configuration is damaged.
+    """
+    if not (directory / CONFIG).is_file():
+        raise RunError(f"{directory} has no {CONFIG}: it is not a run of fastac train")
+    free = {"data.features", "data.labels", *(f"training.{name}" for name in MAY_CHANGE)}
+    before, now = (_flat(c.model_dump(mode="json")) for c in (_load_config(directory), config))
+    differing = [
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    fatal = [text for text in differing if text.partition(" ")[0] not in free]
+    if fatal:
+        raise RunError(f"{directory} was trained with other settings: {', '.join(fatal)}")
+
+
+def check_model(directory: Path, model: AttentionClusterClassifier, class_names: list[str]) -> None:
+    """Whether the run in a folder has the same model and classes, which the data decide, too.
+
+    Raises:
+        RunError: it does not.
+    """
+    if not (directory / MODEL).is_file():  # killed before it was written
+        return
+    description = _read_description(directory)
+    if description["class_names"] != class_names:
+        raise RunError(
+            f"{directory} was trained with other classes: they were {_some(description['class_names'])}, "
+            f"are {_some(class_names)}"
+        )
+    if description["model"] != json.loads(json.dumps(model.config)):
+        raise RunError(
+            f"{directory} was trained with another model: it was {description['model']}, is {model.config}"
+        )
+
+
+def load_run(directory: str | os.PathLike[str], which: str = checkpoint.BEST) -> Run:
+    """A trained model from its folder, in eval mode.
+
+    Args:
+        directory: of the run.
+        which: "best" or "last".
+
+    Raises:
+        RunError: the folder is not of a run, or its model.json is damaged.
+        ConfigError: its configuration is damaged.
+        CheckpointError: it has no such checkpoint, or a damaged one.
+    """
+    directory = Path(directory)
+    description = _read_description(directory)
+    try:
+        model = AttentionClusterClassifier.from_config(description["model"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{directory / MODEL} describes no model: {error}") from error
+    names = description["class_names"]
+    if len(names) != model.num_classes:
+        raise RunError(
+            f"{directory / MODEL} must name the {model.num_classes} classes of its model, got {len(names)}"
+        )
+    checkpoints = directory / CHECKPOINTS
+    if not checkpoint.exists(checkpoints, which):
+        raise RunError(f"{directory} has no {which} checkpoint: no epoch of its training was completed")
+    state = checkpoint.read_state(checkpoints, which)
+    checkpoint.load_model(checkpoints, model, which)
+    config = _load_config(directory) if (directory / CONFIG).is_file() else None
+    return Run(directory, model.eval(), names, config, state)
+
+
+def _load_config(directory: Path) -> RunConfig:
+    try:
+        return load(directory / CONFIG)
+    except ConfigError as error:
+        raise ConfigError(f"{directory / CONFIG} is damaged: {error}") from error
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    """model.json, its parts present and of the right types. Raises: RunError."""
+    path = directory / MODEL
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{directory} must be the folder of a run, it has no {MODEL}") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(description, dict) or description.get("system") != SYSTEM:
+        found = description.get("system") if isinstance(description, dict) else description
+        raise RunError(f"{path} must describe the system {SYSTEM}, got {found!r}")
+    names = description.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RunError(f"{path} must have class_names, a list of names, got {names!r}")
+    if not isinstance(description.get("model"), dict):
+        raise RunError(f"{path} must have model, a mapping, got {description.get('model')!r}")
+    return description
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
+    return f"{', '.join(names[:10])}{more}"
+
+
+def _sampling(
+    kind: type[RandomSampling] | type[EqualIntervals], count: int | dict[str, int] | None
+) -> Sampling | dict[str, Sampling] | None:
+    if count is None:
+        return None
+    if isinstance(count, int):
+        return kind(count)
+    return {modality: kind(k) for modality, k in count.items()}
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,36 @@
+"""The examples, run as a user runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def test_the_multimodal_example_reaches_what_it_promises() -> None:
+    command = [sys.executable, str(EXAMPLES / "multimodal.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    reached = {
+        name: float(value)
+        for name, value in re.findall(r"^(.+?) +test accuracy +([\d.]+)%", done.stdout, re.M)
+    }
+    assert reached.keys() == {"mean pooling", "attention cluster"}
+    assert reached["attention cluster"] > 90
+    assert reached["mean pooling"] < 40
+
+
+def test_the_multimodal_example_fails_where_the_promise_is_broken() -> None:
+    """One step of the optimizer an epoch is too little for either."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); sys.argv[1:] = ['--epochs', '1']\n"
+        "import multimodal\n"
+        "multimodal.CLASSES, multimodal.TRAIN_VIDEOS, multimodal.TEST_VIDEOS = 50, 50, 50\n"
+        "sys.exit(multimodal.main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "expected: cluster above 90%" in done.stdout
