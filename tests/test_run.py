@@ -119,7 +119,7 @@ def test_other_features_are_opened_like_those_of_the_training(config: RunConfig,
     assert len(labelled) == 2
     assert labelled.class_names == ["a", "b"]
     config.data.features.rename(tmp_path / "elsewhere")
-    with pytest.raises(RunError, match="are not at .*features any more: --features must say where"):
+    with pytest.raises(RunError, match=r"are not at .*features any more: --features must say where"):
         open_like_training(run, None, None)
     assert run.config is not None
     run.config = None

@@ -1,0 +1,592 @@
+"""The command line, as a user meets it: results, messages, exit statuses, and no traceback for a user's mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import feature_files
+import numpy as np
+import pytest
+
+import fastac.cli
+from fastac.cli import main
+from fastac.training import Trainer
+from fastac.training.run_config import load, template
+
+pytestmark = pytest.mark.xdist_group("cli")  # what is trained once is shared
+
+SETTINGS = ["training.batch_size=8", "training.optimizer.lr=1e-2", "training.tensorboard=false"]
+COMMANDS = ("train", "eval", "predict", "show", "info")
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def fastac(*arguments: object) -> Result:
+    """What `fastac` gives, run in this process."""
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+        out.flush()
+    return Result(status, out.buffer.getvalue().decode(), err.getvalue())  # type: ignore[attr-defined]
+
+
+def start(*arguments: object, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Popen[str]:
+    """`fastac` in a process of its own; it gets SIGINT even if this one was started in the background."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, "fastac", *(str(argument) for argument in arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def logger() -> Iterator[None]:
+    """`main` makes the package log to standard error; afterwards it does what it did."""
+    logger = logging.getLogger("fastac")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+
+
+class Data(NamedTuple):
+    """24 videos of 3 classes, a third of them without audio; every fourth is for validation."""
+
+    videos: dict[str, dict[str, np.ndarray]]
+    features: Path
+    labels: Path
+
+    @property
+    def settings(self) -> list[str]:
+        return [f"data.features={self.features}", f"data.labels={self.labels}", *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    videos, rows = {}, []
+    for i in range(24):
+        rgb = generator.standard_normal((3 + i % 5, 6), dtype=np.float32)
+        rgb[i % 3, i % 3] += 8
+        videos[f"clip {i:02}"] = {"rgb": rgb}
+        if i % 3:
+            videos[f"clip {i:02}"]["audio"] = generator.standard_normal((4, 3), dtype=np.float32)
+        label = ("größe", "日本", "c")[i % 3]
+        rows.append(f"clip {i:02},{label},{'train' if i % 4 else 'validation'}\n")
+    labels = folder / "labels.csv"
+    labels.write_text("video,label,split\n" + "".join(rows), encoding="utf-8")
+    return Data(videos, feature_files.write_npy(folder / "features", videos), labels)
+
+
+@pytest.fixture(scope="module")
+def run(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four epochs; tests must not change it."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    result = fastac("train", *data.settings, "training.epochs=4", "--output", run)
+    assert result.status == 0, result.err
+    assert "best checkpoint" in result.out and "accuracy" in result.out
+    assert "18 videos for training, 6 for validation; 3 classes" in result.err
+    assert "\r" not in result.err  # no bars where there is no terminal
+    assert {path.name for path in run.iterdir()} == {
+        "attention.png",
+        "checkpoints",
+        "config.yaml",
+        "curves.png",
+        "evaluation.json",
+        "metrics.csv",
+        "model.json",
+    }
+    return run
+
+
+def losses(run: Path) -> list[tuple[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [(row["train_loss"], row["validation_loss"]) for row in csv.DictReader(file)]
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
+def test_help_fits_a_terminal(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = fastac(*command, "--help")
+    assert result.status == 0
+    assert result.out.startswith("Usage: fastac")
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert "`" not in result.out
+
+
+def test_print_config_is_a_configuration(tmp_path: Path) -> None:
+    result = fastac("train", "--print-config")
+    assert (result.status, result.out, result.err) == (0, template(), "")
+
+
+def test_version_and_info() -> None:
+    assert fastac("--version").out.startswith("fastac, version ")
+    assert "FASTAC_" in fastac("info").out
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'pandas'", name="pandas")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    assert fastac("train") == (1, "", "Error: fastac train needs pandas: pip install 'fastac[train]'\n")
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["trian"], 2, "the command must be one of train, eval, predict"),
+        (["train"], 2, "Missing option '--output'"),
+        (["train", "--output", "NEW"], 2, "data.features is needed and not given\ndata.labels is needed"),
+        (["train", "--output", "NEW", "SETTINGS", "training.epochs=0"], 2, "training.epochs must be greater"),
+        (
+            ["train", "--output", "NEW", "SETTINGS", "epochs"],
+            2,
+            "must be name.of.setting=value, got 'epochs'",
+        ),
+        (["train", "--output", "NEW", "SETTINGS", "data.features=no"], 1, "there is nothing at"),
+        (["train", "--output", "NEW", "SETTINGS", "data.labels=no"], 1, "labels must be a CSV file"),
+        (["train", "--output", "NEW", "SETTINGS", "data.train_split=x"], 1, "split must be one that"),
+        (["train", "--output", "NEW", "SETTINGS", "data.modalities=[smell]"], 1, "(audio, rgb)"),
+        (["train", "--output", "NEW", "SETTINGS", "data.class_names=[a, b]"], 1, "unknown label 'größe'"),
+        (
+            ["train", "--output", "NEW", "SETTINGS", "model.clusters.x.shift=true"],
+            1,
+            "modalities audio, rgb, got x",
+        ),
+        (
+            ["train", "--output", "NEW", "SETTINGS", "data.train_features={x: 3}"],
+            1,
+            "sampling must name some of",
+        ),
+        (["train", "--output", "NEW", "SETTINGS", "--device", "meta"], 2, "got 'meta'"),
+        (["train", "--output", "NEW", "SETTINGS", "--device", "no"], 2, "must be one that torch knows"),
+        (["train", "--output", "NEW", "SETTINGS", "--threads", "0"], 2, "'--threads': 0 is not in the range"),
+        (["train", "--output", "LABELS/x", "SETTINGS"], 2, "--output: must lie in a folder, LABELS is none"),
+        (["train", "--output", "RUN", "SETTINGS"], 1, "holds a run already: go on with it by --resume"),
+        (["train", "--resume", "--output", "NEW"], 1, "--resume must find a run in the folder of --output"),
+        (["train", "--resume", "--output", "RUN", "training.seed=7"], 1, "training.seed was 1, is 7"),
+        (["train", "--config", "LABELS", "--output", "NEW"], 2, "must be a mapping from names to settings"),
+        (["eval", "FEATURES"], 1, "must be the folder of a run, it has no model.json"),
+        (["eval", "RUN", "--split", "x"], 1, "split must be one that"),
+        (["eval", "RUN", "--features", "LABELS"], 1, "features must be a directory or an HDF5 file"),
+        (["eval", "RUN", "--json", "LABELS/x"], 2, "--json: must lie in a folder"),
+        (["predict", "RUN", "NEW"], 2, "'FEATURES': Path 'NEW' does not exist"),
+        (["predict", "RUN", "FEATURES", "--top", "0"], 2, "'--top': 0 is not in the range"),
+        (["predict", "RUN", "FEATURES", "--output", "NEW.txt"], 2, "--output: must end in .csv or .jsonl"),
+        (["predict", "RUN", "FEATURES", "--output", "LABELS/x.csv"], 2, "--output: must lie in a folder"),
+        (["show", "RUN", "--output", "NEW.foo"], 2, "--output: must end in one of"),
+        (
+            ["show", "RUN", "--output", "NEW.png", "--video", "x"],
+            2,
+            "24 videos such as clip 00, clip 01, clip 02, got x",
+        ),
+        (["show", "RUN"], 2, "Missing option '--output'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_a_message(
+    data: Data, run: Path, tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
+    before = sorted(run.rglob("*"))
+    places = {"NEW": tmp_path / "new", "LABELS": data.labels, "RUN": run, "FEATURES": data.features}
+
+    def placed(text: str) -> str:
+        for name, path in places.items():
+            text = text.replace(name, str(path))
+        return text
+
+    given = [
+        a for argument in arguments for a in (data.settings if argument == "SETTINGS" else [placed(argument)])
+    ]
+    result = fastac(*given)
+    assert result.status == status, result
+    assert placed(message) in result.err
+    assert result.out == ""
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_folder_that_cannot_be_written_to(
+    data: Data, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root may write anywhere
+    for arguments in (
+        ["train", *data.settings, "--output", tmp_path / "new"],
+        ["predict", run, data.features, "--output", tmp_path / "new.csv"],
+        ["show", run, "--output", tmp_path / "new.png"],
+    ):
+        result = fastac(*arguments)
+        assert result.status == 2
+        assert f"--output: must lie in a folder that can be written to, got {tmp_path}" in result.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk(data: Data, run: Path) -> None:
+    result = fastac("predict", run, data.features, "--format", "csv", "--output", "/dev/full")
+    assert (result.status, result.err) == (1, "Error: /dev/full: No space left on device\n")
+
+
+def test_a_traceback_is_shown_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTAC_TRACEBACK", "1")
+    result = fastac("train", "--output", tmp_path / "new")
+    assert result.status == 2
+    assert "Traceback" in result.err and "ConfigError" in result.err
+    assert result.err.endswith(
+        "Error: data.features is needed and not given\ndata.labels is needed and not given\n"
+    )
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, RuntimeError, KeyError, EOFError])
+def test_a_bug_is_no_user_s_mistake(
+    kind: type[Exception], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Trainer) -> None:
+        raise kind("a bug")
+
+    monkeypatch.setattr(Trainer, "fit", broken)
+    with pytest.raises(kind, match="a bug"):
+        fastac("train", *data.settings, "--output", tmp_path / "run")
+
+
+def test_one_process_only(run: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for arguments in (
+        ["eval", run],
+        ["predict", run, data.features],
+        ["show", run, "--output", tmp_path / "x.png"],
+    ):
+        result = fastac(*arguments)
+        assert result.status == 2
+        assert f"fastac {arguments[0]} must run in one process, got 2" in result.err
+
+
+# Training
+
+
+def test_a_configuration_file_in_another_folder(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data.features, tmp_path / "videos")
+    shutil.copy(data.labels, tmp_path)
+    (tmp_path / "configs").mkdir()
+    text = "data: {features: ../videos, labels: ../labels.csv}\ntraining: {epochs: 9, tensorboard: false}\n"
+    (tmp_path / "configs" / "small.yaml").write_text(text)
+    result = fastac("train", "--config", "configs/small.yaml", "--output", "runs/x", "training.epochs=1")
+    assert result.status == 0, result.err
+    assert len(losses(Path("runs/x"))) == 1
+    shutil.rmtree("configs")
+    Path("runs/x").rename("moved")
+    monkeypatch.chdir("/")
+    result = fastac("eval", tmp_path / "moved")
+    assert result.status == 0, result.err
+    assert f"split validation of {tmp_path / 'labels.csv'}: 6 videos; best checkpoint (epoch 1)" in result.out
+
+
+def test_a_run_goes_on_where_it_was(data: Data, run: Path, tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    assert fastac("train", *data.settings, "training.epochs=2", "--output", parts).status == 0
+    result = fastac("train", "--resume", "--output", parts, "training.epochs=4")
+    assert result.status == 0, result.err
+    assert "going on after epoch 2 of 4" in result.err
+    assert losses(parts) == losses(run)
+    assert load(parts / "config.yaml").training.epochs == 4
+    moved = data.features.rename(data.features.with_name("elsewhere"))
+    try:
+        result = fastac("train", "--resume", "--output", parts)
+        assert result.status == 1
+        assert "there is nothing at" in result.err
+        result = fastac("train", "--resume", "--output", parts, f"data.features={moved}")
+        assert result.status == 0, result.err
+    finally:
+        moved.rename(data.features)
+
+
+def test_a_run_is_not_resumed_on_other_classes(data: Data, run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    other = tmp_path / "labels.csv"
+    other.write_text(data.labels.read_text("utf-8").replace("größe", "size"), encoding="utf-8")
+    before = (copy / "model.json").read_bytes()
+    result = fastac("train", "--resume", "--output", copy, f"data.labels={other}")
+    assert result.status == 1
+    assert "was trained with other classes: they were c, größe, 日本, are c, size, 日本" in result.err
+    assert (copy / "model.json").read_bytes() == before
+
+
+def test_a_run_of_another_command_is_left_alone(data: Data, run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    (copy / "config.yaml").unlink()
+    result = fastac("train", *data.settings, "--output", copy)
+    assert (result.status, result.out) == (1, "")
+    assert "holds a run already" in result.err
+    result = fastac("train", *data.settings, "--resume", "--output", copy)
+    assert result.status == 1
+    assert "it is not a run of fastac train" in result.err
+
+
+def test_broken_features_are_listed_and_training_goes_on(data: Data, tmp_path: Path) -> None:
+    features = shutil.copytree(data.features, tmp_path / "features")
+    (features / "rgb" / "clip 01.npy").write_bytes(b"x")
+    (features / "rgb" / "clip 03.npy").write_bytes(b"x")  # it has no audio either
+    settings = [*data.settings, f"data.features={features}", "training.epochs=1"]
+    result = fastac("train", *settings, "--output", tmp_path / "run")
+    assert result.status == 0
+    assert "17 videos for training" in result.err
+    with (tmp_path / "run" / "problems.csv").open() as file:
+        assert {row["video"] for row in csv.DictReader(file)} == {"clip 01", "clip 03"}
+    result = fastac("train", *settings, "data.on_error=raise", "--output", tmp_path / "other")
+    assert result.status == 1
+    assert "clip 01" in result.err and "clip 03" in result.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_several_labels_one_modality_and_no_validation(data: Data, tmp_path: Path) -> None:
+    several = tmp_path / "several.csv"
+    rows = [f"{name},{'ab'[i % 2]}{';c' if i % 3 == 0 else ''}\n" for i, name in enumerate(data.videos)]
+    several.write_text("video,label\n" + "".join(rows))
+    settings = [f"data.features={feature_files.write_hdf5(tmp_path / 'f', data.videos)}", *SETTINGS]
+    settings += [f"data.labels={several}", "data.multi_label=true", "data.modalities=[rgb]"]
+    settings += ["data.train_split=null", "data.validation_split=null", "training.epochs=1"]
+    result = fastac("train", *settings, "--output", tmp_path / "run")
+    assert result.status == 0, result.err
+    assert "24 videos for training, no validation; 3 classes" in result.err
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    result = fastac("eval", tmp_path / "run", "--json", tmp_path / "new" / "metrics.json")
+    assert result.status == 0, result.err
+    assert result.out.startswith(f"all videos of {several}: 24 videos")
+    assert {"loss", "map", "micro_ap"} < json.loads((tmp_path / "new" / "metrics.json").read_text()).keys()
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    data: Data, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    result = fastac("train", *data.settings, "--output", tmp_path / "run")
+    assert result.status == 130
+    assert "to go on" not in result.err  # there is nothing yet
+    copy = shutil.copytree(run, tmp_path / "copy", symlinks=True)
+    result = fastac("train", "--resume", "--output", copy)
+    assert result.status == 130
+    assert f"to go on: fastac train --resume --output {copy}" in result.err
+    assert result.err.endswith("interrupted\n")
+
+
+def test_ctrl_c(data: Data, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", *data.settings, "training.epochs=100000", "--output", run)
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoints" / "last").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    done = len(losses(run))
+    result = fastac("train", "--resume", "--output", run, f"training.epochs={done + 1}")
+    assert result.status == 0, result.err
+    assert len(losses(run)) == done + 1
+
+
+def test_two_processes_give_what_one_gives(data: Data, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = [*data.settings, "training.epochs=2", "model.dropout=0"]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    process = start("train", *settings, "--output", two, launcher=launcher)
+    assert fastac("train", *settings, "--output", one).status == 0
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("best checkpoint") == 1  # one process speaks
+    assert err.count("epoch 2/2") == 1
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    for row, other in zip(losses(one), losses(two), strict=True):
+        assert [float(x) for x in row] == pytest.approx([float(x) for x in other], rel=1e-5)
+
+
+# Evaluation, prediction, pictures
+
+
+def test_eval_gives_what_training_gave(run: Path, data: Data, tmp_path: Path) -> None:
+    result = fastac("eval", run, "--json", tmp_path / "metrics.json")
+    assert result.status == 0, result.err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert metrics == {"videos": 6, **evaluation}
+    assert f"loss       {metrics['loss']:.4f}\naccuracy   {100 * metrics['accuracy']:.2f} %" in result.out
+    result = fastac("eval", run, "--labels", data.labels, "--checkpoint", "last")
+    assert result.out.startswith(f"all videos of {data.labels}: 24 videos; last checkpoint (epoch 4)")
+
+
+def test_nan_is_null_in_json(tmp_path: Path) -> None:
+    from fastac.cli import common
+
+    common.write_json(tmp_path / "new" / "x.json", {"map": math.nan, "epoch": 3, "name": "größe"})
+    assert json.loads((tmp_path / "new" / "x.json").read_text("utf-8")) == {
+        "map": None,
+        "epoch": 3,
+        "name": "größe",
+    }
+
+
+def test_eval_refuses_labels_that_the_model_does_not_know(run: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text("video,label\nclip 00,zebra\nclip 01,c\n")
+    result = fastac("eval", run, "--labels", labels)
+    assert result.status == 1
+    assert "clip 00: unknown label 'zebra' (line 2)" in result.err
+
+
+def test_predictions_are_those_of_the_model(run: Path, data: Data, tmp_path: Path) -> None:
+    result = fastac("predict", run, data.features, "--top", 9)
+    assert result.status == 0, result.err
+    rows = list(csv.DictReader(io.StringIO(result.out)))
+    names = list(data.videos)
+    assert [row["video"] for row in rows] == [name for name in names for _ in range(3)]
+    assert [row["rank"] for row in rows] == ["1", "2", "3"] * len(names)
+    for at in range(0, len(rows), 3):
+        assert {row["label"] for row in rows[at : at + 3]} == {"größe", "日本", "c"}
+        of_video = [float(row["probability"]) for row in rows[at : at + 3]]
+        assert of_video == sorted(of_video, reverse=True)
+        assert sum(of_video) == pytest.approx(1, abs=2e-6)
+    right = sum(
+        rows[3 * number]["label"] == ("größe", "日本", "c")[number % 3] for number in range(0, len(names), 4)
+    )
+    assert right / 6 == pytest.approx(json.loads((run / "evaluation.json").read_text())["accuracy"])
+
+    archive = feature_files.write_hdf5(tmp_path / "features", data.videos)
+    result = fastac("predict", run, archive, "--top", 2, "--output", tmp_path / "new" / "p.jsonl")
+    assert (result.status, result.out) == (0, f"predictions of 24 videos: {tmp_path / 'new' / 'p.jsonl'}\n")
+    lines = [json.loads(line) for line in (tmp_path / "new" / "p.jsonl").read_text("utf-8").splitlines()]
+    assert [line["video"] for line in lines] == names
+    for number, line in enumerate(lines):
+        for row, prediction in zip(rows[3 * number : 3 * number + 2], line["predictions"], strict=True):
+            assert prediction == {"label": row["label"], "probability": float(row["probability"])}
+
+
+def test_broken_features_are_left_out_of_the_predictions(run: Path, data: Data, tmp_path: Path) -> None:
+    features = shutil.copytree(data.features, tmp_path / "features")
+    (features / "rgb" / "clip 03.npy").write_bytes(b"x")
+    result = fastac("predict", run, features, "--top", 1)
+    assert result.status == 1
+    assert "clip 03 [rgb]: unreadable" in result.err
+    assert [row["video"] for row in csv.DictReader(io.StringIO(result.out))] == [
+        name for name in data.videos if name != "clip 03"
+    ]
+    narrow = {name: {"rgb": sets["rgb"][:, :5]} for name, sets in data.videos.items()}
+    result = fastac("predict", run, feature_files.write_npz(tmp_path / "narrow", narrow))
+    assert (result.status, result.out) == (1, "")
+    assert "no video is usable" in result.err and "wrong dimension: must have M = 6, got 5" in result.err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are UTF-8 there")
+def test_a_name_that_is_not_utf_8(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rgb").mkdir()
+    with open(os.fsencode(tmp_path / "rgb") + b"/\xff.npy", "wb") as file:
+        np.save(file, np.ones((3, 6), np.float32))
+    result = fastac("predict", run, tmp_path, "--top", 1, "--output", tmp_path / "p.csv")
+    assert result.status == 0, result.err
+    assert (tmp_path / "p.csv").read_bytes().splitlines()[1].startswith(b"\xff,1,")
+
+
+def test_predictions_appear_whole_or_not_at_all(
+    run: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("of an earlier run\n")
+    module = importlib.import_module("fastac.cli.predict")
+    predict = module.predict
+
+    def breaks(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield from predict(*arguments, batch_size=5, **options)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "predict", breaks)
+    result = fastac("predict", run, data.features, "--output", path)
+    assert (result.status, result.err.splitlines()[-1]) == (1, f"Error: {path}: Input/output error")
+    assert path.read_text() == "of an earlier run\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_reader_of_a_pipe_may_go(run: Path, data: Data) -> None:
+    process = start("predict", run, data.features)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+    assert "Traceback" not in err and "Exception ignored" not in err and "Error" not in err
+
+
+def test_show_draws(run: Path, data: Data, tmp_path: Path) -> None:
+    result = fastac(
+        "show", run, "--output", tmp_path / "new" / "a.png", "--video", "clip 05", "--video", "clip 00"
+    )
+    assert (result.status, result.out) == (0, f"picture: {tmp_path / 'new' / 'a.png'}\n")
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    result = fastac("show", run, "--output", tmp_path / "b.svg")
+    assert result.status == 0
+    assert "<svg" in (tmp_path / "b.svg").read_text("utf-8")
+
+
+def test_show_passes_over_broken_videos_unless_they_are_named(run: Path, data: Data, tmp_path: Path) -> None:
+    features = feature_files.write_npy(
+        tmp_path / "f", {name: data.videos[name] for name in ("clip 03", "clip 04")}
+    )
+    (features / "rgb" / "clip 03.npy").write_bytes(b"x")
+    arguments = ["show", run, "--features", features, "--output", tmp_path / "a.png"]
+    assert fastac(*arguments).status == 0
+    (tmp_path / "a.png").unlink()
+    result = fastac(*arguments, "--video", "clip 03")
+    assert (result.status, result.err.splitlines()[-1]) == (1, "Error: video clip 03 has no usable features")
+    for path in features.rglob("*.npy"):
+        path.write_bytes(b"x")
+    result = fastac(*arguments)
+    assert result.status == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_the_log_goes_to_what_standard_error_is_now() -> None:
+    fastac("--version")
+    logger, err = logging.getLogger("fastac"), io.StringIO()
+    assert any(isinstance(handler, fastac_handler()) for handler in logger.handlers)
+    with contextlib.redirect_stderr(err):
+        logger.warning("größe")
+    assert err.getvalue() == "größe\n"
+
+
+def fastac_handler() -> type[logging.Handler]:
+    return fastac_cli._StderrHandler
+
+
+fastac_cli = sys.modules["fastac.cli"]
