@@ -1,4 +1,4 @@
-"""The command line, as a user meets it: results, messages, exit statuses, and no traceback for a user's mistake."""
+"""The command line, as a user meets it: results, messages, exit statuses, no traceback for a mistake."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ import feature_files
 import numpy as np
 import pytest
 
-import fastac.cli
-from fastac.cli import main
+from fastac.cli import _StderrHandler, main
 from fastac.training import Trainer
 from fastac.training.run_config import load, template
 
@@ -93,7 +92,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         videos[f"clip {i:02}"] = {"rgb": rgb}
         if i % 3:
             videos[f"clip {i:02}"]["audio"] = generator.standard_normal((4, 3), dtype=np.float32)
-        label = ("größe", "日本", "c")[i % 3]
+        label = ("größe", "ñandú", "c")[i % 3]
         rows.append(f"clip {i:02},{label},{'train' if i % 4 else 'validation'}\n")
     labels = folder / "labels.csv"
     labels.write_text("video,label,split\n" + "".join(rows), encoding="utf-8")
@@ -199,7 +198,7 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         (["eval", "RUN", "--split", "x"], 1, "split must be one that"),
         (["eval", "RUN", "--features", "LABELS"], 1, "features must be a directory or an HDF5 file"),
         (["eval", "RUN", "--json", "LABELS/x"], 2, "--json: must lie in a folder"),
-        (["predict", "RUN", "NEW"], 2, "'FEATURES': Path 'NEW' does not exist"),
+        (["predict", "RUN", "NEW"], 2, "Path 'NEW' does not exist"),
         (["predict", "RUN", "FEATURES", "--top", "0"], 2, "'--top': 0 is not in the range"),
         (["predict", "RUN", "FEATURES", "--output", "NEW.txt"], 2, "--output: must end in .csv or .jsonl"),
         (["predict", "RUN", "FEATURES", "--output", "LABELS/x.csv"], 2, "--output: must lie in a folder"),
@@ -238,7 +237,7 @@ def test_a_mistake_is_a_message(
 def test_a_folder_that_cannot_be_written_to(
     data: Data, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # root may write anywhere
     for arguments in (
         ["train", *data.settings, "--output", tmp_path / "new"],
         ["predict", run, data.features, "--output", tmp_path / "new.csv"],
@@ -252,7 +251,7 @@ def test_a_folder_that_cannot_be_written_to(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk(data: Data, run: Path) -> None:
     result = fastac("predict", run, data.features, "--format", "csv", "--output", "/dev/full")
-    assert (result.status, result.err) == (1, "Error: /dev/full: No space left on device\n")
+    assert (result.status, result.err.splitlines()[-1]) == (1, "Error: /dev/full: No space left on device")
 
 
 def test_a_traceback_is_shown_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +337,7 @@ def test_a_run_is_not_resumed_on_other_classes(data: Data, run: Path, tmp_path: 
     before = (copy / "model.json").read_bytes()
     result = fastac("train", "--resume", "--output", copy, f"data.labels={other}")
     assert result.status == 1
-    assert "was trained with other classes: they were c, größe, 日本, are c, size, 日本" in result.err
+    assert "was trained with other classes: they were c, größe, ñandú, are c, size, ñandú" in result.err
     assert (copy / "model.json").read_bytes() == before
 
 
@@ -475,12 +474,12 @@ def test_predictions_are_those_of_the_model(run: Path, data: Data, tmp_path: Pat
     assert [row["video"] for row in rows] == [name for name in names for _ in range(3)]
     assert [row["rank"] for row in rows] == ["1", "2", "3"] * len(names)
     for at in range(0, len(rows), 3):
-        assert {row["label"] for row in rows[at : at + 3]} == {"größe", "日本", "c"}
+        assert {row["label"] for row in rows[at : at + 3]} == {"größe", "ñandú", "c"}
         of_video = [float(row["probability"]) for row in rows[at : at + 3]]
         assert of_video == sorted(of_video, reverse=True)
         assert sum(of_video) == pytest.approx(1, abs=2e-6)
     right = sum(
-        rows[3 * number]["label"] == ("größe", "日本", "c")[number % 3] for number in range(0, len(names), 4)
+        rows[3 * number]["label"] == ("größe", "ñandú", "c")[number % 3] for number in range(0, len(names), 4)
     )
     assert right / 6 == pytest.approx(json.loads((run / "evaluation.json").read_text())["accuracy"])
 
@@ -579,14 +578,7 @@ def test_show_passes_over_broken_videos_unless_they_are_named(run: Path, data: D
 def test_the_log_goes_to_what_standard_error_is_now() -> None:
     fastac("--version")
     logger, err = logging.getLogger("fastac"), io.StringIO()
-    assert any(isinstance(handler, fastac_handler()) for handler in logger.handlers)
+    assert any(isinstance(handler, _StderrHandler) for handler in logger.handlers)
     with contextlib.redirect_stderr(err):
         logger.warning("größe")
     assert err.getvalue() == "größe\n"
-
-
-def fastac_handler() -> type[logging.Handler]:
-    return fastac_cli._StderrHandler
-
-
-fastac_cli = sys.modules["fastac.cli"]

@@ -109,7 +109,7 @@ def test_all_mistakes_are_named_at_once() -> None:
         "training.batch_size=yes": "training.batch_size must be an integer, got 'yes'",
         "training.clip_norm=.inf": "training.clip_norm must be a finite number",
         "model.dropout=1": "model.dropout must be less than 1, got 1",
-        "model.cluster.weighting=fc3": "model.cluster.weighting must be 'fc1', 'fc2', 'gated' or 'average', got",
+        "model.cluster.weighting=fc3": "model.cluster.weighting must be 'fc1', 'fc2', 'gated' or",
         "model.clusters.audio=5": "model.clusters.audio must be a mapping, got 5",
         "data.train_features=x": "data.train_features must be an integer or be a mapping, got 'x'",
         "data.test_features={rgb: 0}": "data.test_features.rgb must be greater than or equal to 1, got 0",

@@ -73,7 +73,7 @@ class DataConfig(Settings):
     check: Literal["full", "shapes", "none"] = Field(
         default="full", description="what is looked at before training: every value, shapes, nothing"
     )
-    in_memory: bool = Field(False, description="keep all features in memory, as float32")
+    in_memory: Switch = Field(False, description="keep all features in memory, as float32")
     on_error: Literal["report", "raise"] = Field(
         default="report", description="broken features: list them and go on without, or stop"
     )
