@@ -455,7 +455,7 @@ def test_metrics_are_read_back_exactly(tmp_path: Path) -> None:
 def test_another_table_is_not_overwritten(tmp_path: Path) -> None:
     for text in ("a,b\n1,2\n", "epoch,loss\nfirst,2\n"):
         (tmp_path / "metrics.csv").write_text(text)
-        with pytest.raises(ValueError, match=r"metrics\.csv must have the number of an epoch"):
+        with pytest.raises(CheckpointError, match=r"metrics\.csv must have the number of an epoch"):
             MetricsLog(tmp_path, epochs_done=0, tensorboard=False)
         assert (tmp_path / "metrics.csv").read_text() == text
 

@@ -36,6 +36,35 @@ def small(value: float, optimizer: str = "adam") -> tuple[nn.Module, torch.optim
     return model, tuned
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from test_training_checkpoint import save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save(Path(sys.argv[1]), 1, best=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+try:
+    save(Path(sys.argv[1]), 2, best=True)
+except OSError as error:
+    sys.exit(f"{error.__class__.__name__} {error.strerror}")
+"""
+
+
+@pytest.mark.parametrize("room", [0, 300, 1000])
+def test_a_file_that_cannot_grow_is_an_oserror_and_costs_nothing_that_was_there(
+    room: int, tmp_path: Path
+) -> None:
+    """The sizes stop the parameters, the optimizer's state, and the latter half-way."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(room)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "OSError File too large\n"
+    model, _ = small(0)
+    checkpoint.load_model(tmp_path, model)
+    assert checkpoint.read_state(tmp_path)["epoch"] == 1
+    assert model.get_parameter("weight").eq(1).all()
+
+
 def save(directory: Path, epoch: int, *, best: bool) -> None:
     checkpoint.save(directory, epoch, *small(epoch), {"best": float(epoch)}, best=best)
 

@@ -58,7 +58,7 @@ def listing(problems: Sequence[Problem], *, limit: int = LISTED) -> str:
 
 def write_problems(problems: Sequence[Problem], path: str | os.PathLike[str]) -> None:
     """Writes all problems to a CSV file with the columns video, modality, what, found, where."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["video", "modality", "what", "found", "where"])
         writer.writerows([p.video, p.modality or "", p.what, p.found, p.where] for p in problems)

@@ -5,14 +5,21 @@ from __future__ import annotations
 from .checkpoint import CheckpointError
 from .config import OptimizerConfig, TrainingConfig
 from .engine import EpochResult, Trainer, TrainingError, evaluate, predict
+from .run import Run, RunError, load_run
+from .run_config import ConfigError, RunConfig
 
 __all__ = [
     "CheckpointError",
+    "ConfigError",
     "EpochResult",
     "OptimizerConfig",
+    "Run",
+    "RunConfig",
+    "RunError",
     "Trainer",
     "TrainingConfig",
     "TrainingError",
     "evaluate",
+    "load_run",
     "predict",
 ]

@@ -13,6 +13,7 @@ with it `best`: no moment has one without the other. What neither names is remov
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -67,8 +68,12 @@ def save(
         shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir()
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(tensors, temporary / MODEL, metadata={"epoch": str(epoch)})
-    torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+    # Through bytes: the libraries' own writing reports a full disk as an error of theirs.
+    content = safetensors.torch.save(tensors, metadata={"epoch": str(epoch)})
+    (temporary / MODEL).write_bytes(content)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    (temporary / OPTIMIZER).write_bytes(buffer.getbuffer())
     (temporary / STATE).write_text(json.dumps({"epoch": epoch, **state}, indent=1) + "\n", encoding="utf-8")
     (temporary / BEST).symlink_to("." if best or previous is None else f"../{previous.name}")
     for name in (MODEL, OPTIMIZER, STATE, "."):

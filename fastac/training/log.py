@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .checkpoint import CheckpointError
+
 logger = logging.getLogger("fastac")
 
 QUIET_SECONDS = 60.0
@@ -29,7 +31,7 @@ class MetricsLog:
 
     Raises:
         ImportError: TensorBoard is asked for and not installed; nothing was written.
-        ValueError: a ``metrics.csv`` is there that is none of these.
+        CheckpointError: a ``metrics.csv`` is there that is none of these.
     """
 
     def __init__(self, directory: Path, *, epochs_done: int, tensorboard: bool) -> None:
@@ -53,7 +55,7 @@ class MetricsLog:
         with self._path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         if not all((row.get("epoch") or "").isdecimal() for row in rows):
-            raise ValueError(f"{self._path} must have the number of an epoch in each row, under epoch")
+            raise CheckpointError(f"{self._path} must have the number of an epoch in each row, under epoch")
         return rows
 
     def _write(self) -> None:
