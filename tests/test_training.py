@@ -22,6 +22,7 @@ from training_helpers import CLASSES, RaggedFeatures, make_model
 
 from fastac.data import FeatureArray, FeatureBatch
 from fastac.training import (
+    CheckpointError,
     OptimizerConfig,
     Trainer,
     TrainingConfig,
