@@ -1,15 +1,15 @@
 """Three modalities, ragged sets, 400 classes: an attention cluster finds what mean pooling cannot.
 
-Every video shows several activities, one after the other, and is labelled with one of them: the one during
-which a cue is given (a whistle, a raised hand). Appearance (1536 features), motion (1536) and sound (512) see
-the same activities at frame rates of their own, some videos are silent, and all features are noisy. The mean of
-a video's features holds all its activities alike, so that a classifier of means can only guess which was meant.
-An attention unit can learn the cue.
+Every video shows several activities, one after the other, and is labelled with one of them: the one
+during which a cue is given (a whistle, a raised hand). Appearance (1536 features), motion (1536) and
+sound (512) see the same activities at frame rates of their own, some videos are silent, and all features
+are noisy. The mean of a video's features holds all its activities alike, so that a classifier of means
+can only guess which was meant. An attention unit can learn the cue.
 
-The features are made up; everything else is what one does with real ones: they are written to an HDF5 file with
-a CSV file of labels, read by `FeatureSetDataset`, and a classifier is trained on them with the paper's settings
-(RMSProp, gradients clipped to norm 5, videos weighted by 1/S). The same engine then trains mean pooling, which
-is a cluster of one unit with equal weights.
+The features are made up; everything else is what one does with real ones: they are written to an HDF5
+file with a CSV file of labels, read by `FeatureSetDataset`, and a classifier is trained on them with the
+paper's settings (RMSProp, gradients clipped to norm 5, videos weighted by 1/S). The same engine then
+trains mean pooling, which is a cluster of one unit with equal weights.
 
     python examples/multimodal.py
 """
