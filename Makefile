@@ -144,9 +144,12 @@ sanitize: build
 			grep -F $(SANITIZED) && \
 		$(CURDIR)/$(VENV)/bin/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR) -m "not full" \
 		-k "not triton and not test_the_guard_sees" -p no:cacheprovider --capture=sys --numprocesses auto --dist loadgroup \
-		$(addprefix --ignore=$(CURDIR)/tests/,gpu test_aot.py test_compile.py test_cuda_report.py test_data.py test_demo.py \
-		test_gpu_stages.py test_gpu_tools.py test_import.py test_interpreter.py test_native.py test_packaging.py test_plan.py \
-		test_triton.py) \
+		$(addprefix --ignore=$(CURDIR)/tests/,gpu test_aot.py test_cli.py test_compile.py test_cuda_report.py \
+		test_data.py test_demo.py test_examples.py test_experiments.py test_feature_array.py test_feature_sets.py \
+		test_figures.py test_gpu_stages.py test_gpu_tools.py test_import.py test_interpreter.py test_labels.py \
+		test_memory_storage.py test_model_export.py test_native.py test_packaging.py test_plan.py test_run.py \
+		test_run_config.py test_sampling.py test_storage.py test_training.py test_training_checkpoint.py \
+		test_training_processes.py test_triton.py) \
 		$(SANITIZE_ARGS) $(CURDIR)/tests
 
 cross: $(VENV)/.torch

@@ -420,7 +420,8 @@ def test_ctrl_c(data: Data, tmp_path: Path) -> None:
 
 def test_two_processes_give_what_one_gives(data: Data, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = [*data.settings, "training.epochs=2", "model.dropout=0"]
+    # The last batch, of one video, leaves one process without any.
+    settings = [*data.settings, "training.epochs=2", "training.batch_size=17", "model.dropout=0"]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
     process = start("train", *settings, "--output", two, launcher=launcher)
     assert fastac("train", *settings, "--output", one).status == 0
@@ -445,6 +446,17 @@ def test_eval_gives_what_training_gave(run: Path, data: Data, tmp_path: Path) ->
     assert f"loss       {metrics['loss']:.4f}\naccuracy   {100 * metrics['accuracy']:.2f} %" in result.out
     result = fastac("eval", run, "--labels", data.labels, "--checkpoint", "last")
     assert result.out.startswith(f"all videos of {data.labels}: 24 videos; last checkpoint (epoch 4)")
+
+
+def test_what_was_trained_in_bfloat16_is_evaluated_in_it(data: Data, tmp_path: Path) -> None:
+    settings = ["training.epochs=1", "training.precision=bfloat16", "training.evaluation_batch_size=4"]
+    assert fastac("train", *data.settings, *settings, "--output", tmp_path / "run").status == 0
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert evaluation["loss"] == float(row["validation_loss"])
+    assert fastac("eval", tmp_path / "run", "--json", tmp_path / "metrics.json").status == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["loss"] == evaluation["loss"]
 
 
 def test_nan_is_null_in_json(tmp_path: Path) -> None:
@@ -527,7 +539,7 @@ def test_predictions_appear_whole_or_not_at_all(
     predict = module.predict
 
     def breaks(*arguments: Any, **options: Any) -> Iterator[Any]:
-        yield from predict(*arguments, batch_size=5, **options)
+        yield from predict(*arguments, **{**options, "batch_size": 5})
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(module, "predict", breaks)

@@ -549,6 +549,8 @@ def test_a_folder_of_another_run_is_not_gone_on_with(small: Prepared, tmp_path: 
     assert len(table1.train_cell(Cell("fc1", True, 2, 1, 4), small, tmp_path)) == 4
     assert table1.read_recipe(tmp_path) == ("mnist", Recipe())
     (tmp_path / "cell.json").unlink()
+    # As a run of fastac train before its first epoch.
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
     with pytest.raises(RunError, match=r"holds a run of something else: it has no cell\.json"):
         table1.train_cell(cell, small, tmp_path)
     with pytest.raises(RunError, match=r"is not the folder of a run of fastac flash-mnist: cell.json"):
@@ -657,6 +659,32 @@ def test_the_commit_of_the_checkout_or_the_version(monkeypatch: pytest.MonkeyPat
     assert results.commit() == "0123456789ab-dirty"
     answers["ls-files"] = "error"  # installed below somebody else's checkout
     assert re.fullmatch(r"v\d.*", results.commit())
+
+
+def test_rows_added_to_the_results_change_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "fastac" / "experiments" / "results.py"
+    rows = tmp_path / "benchmarks" / "results" / "rows.csv"
+    for path in (code, code.with_name("__init__.py"), rows):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    who = ("-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false")
+    for command in (["init"], ["add", "."], [*who, "commit", "--message", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.setattr(results, "__file__", str(code))
+    clean = results.commit()
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    rows.write_text("after")
+    assert results.commit() == clean
+    code.write_text("after")
+    assert results.commit() == f"{clean}-dirty"
+
+
+def test_a_row_names_the_commit_that_was_there_when_training_began(
+    small: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table1, "commit", lambda: "later" if (tmp_path / CELLS[0].name).exists() else "first")
+    table1.run(CELLS, small, tmp_path / "results.csv", tmp_path)
+    assert table1.read(tmp_path / "results.csv")["commit"].tolist() == ["first", "first"]
 
 
 # The picture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastac.training import CheckpointError, Trainer
+from fastac.training import CheckpointError, Trainer, evaluate
 from fastac.training.run import (
     CONFIG,
     MODEL,
@@ -74,6 +74,21 @@ def test_a_run_is_opened_as_it_was_trained(config: RunConfig, tmp_path: Path) ->
         assert torch.equal(opened.model.state_dict()[name], tensor), name
 
 
+def test_a_run_is_evaluated_as_in_its_training(config: RunConfig, tmp_path: Path) -> None:
+    settings = ["training.evaluation_batch_size=3", "training.workers=1", "training.precision=bfloat16"]
+    other = changed(config, *settings)
+    trained(other, tmp_path)
+    run = load_run(tmp_path)
+    assert run.evaluation == {"batch_size": 3, "workers": 1, "precision": "bfloat16"}
+    _, validation = open_data(other)
+    assert validation is not None
+    assert evaluate(run.model, validation, **run.evaluation)["loss"] == run.state["values"]["validation_loss"]
+    with pytest.raises(ValueError, match="which must be best or last, got 'first'"):
+        load_run(tmp_path, "first")
+    (tmp_path / "config.yaml").unlink()
+    assert load_run(tmp_path).evaluation == {"batch_size": 1024, "workers": 0, "precision": "float32"}
+
+
 def test_clusters_of_single_modalities() -> None:
     settings = AttentionClusterSettings.model_validate(
         {"cluster": {"cluster_size": 2}, "clusters": {"audio": {"cluster_size": 5, "weighting": "fc2"}}}
@@ -132,7 +147,7 @@ def test_settings_that_may_change_when_a_run_is_resumed(config: RunConfig, tmp_p
     save_run(tmp_path / "run", initial_model(config, train), train.class_names, config)
     check_settings(tmp_path / "run", config)
     check_settings(tmp_path / "run", changed(config, "training.epochs=9", "training.workers=2"))
-    check_settings(tmp_path / "run", changed(config, "data.features=elsewhere"))
+    check_settings(tmp_path / "run", changed(config, "data.features=elsewhere", "data.in_memory=true"))
     different = changed(config, "training.seed=2", "model.clusters.audio.shift=false")
     with pytest.raises(RunError, match=r"other settings: model\.clusters\.audio.*training\.seed was 1, is 2"):
         check_settings(tmp_path / "run", different)

@@ -429,6 +429,20 @@ def test_predictions_are_in_order_and_need_no_labels() -> None:
         assert probabilities.sum(1).tolist() != pytest.approx([1] * 3)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "float16"}, "precision must be float32 or bfloat16, got 'float16'"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+    ],
+)
+def test_evaluation_refuses_what_it_cannot_do(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_model(), RaggedFeatures(3), **wrong)
+    with pytest.raises(ValueError, match=message):
+        next(iter(predict(make_model(), RaggedFeatures(3), **wrong)))
+
+
 def test_leaving_predictions_early_restores_the_mode() -> None:
     model = make_model()
     predictions = predict(model, RaggedFeatures(11), batch_size=4)

@@ -42,27 +42,24 @@ from pathlib import Path
 from test_training_checkpoint import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save(Path(sys.argv[1]), 1, best=True)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
-try:
-    save(Path(sys.argv[1]), 2, best=True)
-except OSError as error:
-    sys.exit(f"{error.__class__.__name__} {error.strerror}")
+for room in sys.argv[2:]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room), -1))
+    try:
+        save(Path(sys.argv[1]), 2, best=True)
+    except OSError as error:
+        print(f"{error.__class__.__name__} {error.strerror}")
 """
 
 
-@pytest.mark.parametrize("room", [0, 300, 1000])
-def test_a_file_that_cannot_grow_is_an_oserror_and_costs_nothing_that_was_there(
-    room: int, tmp_path: Path
-) -> None:
+def test_a_file_that_cannot_grow_is_an_oserror_and_costs_nothing_that_was_there(tmp_path: Path) -> None:
     """The sizes stop the parameters, the optimizer's state, and the latter half-way."""
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(room)]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), "0", "300", "1000"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "OSError File too large\n"
-    model, _ = small(0)
-    checkpoint.load_model(tmp_path, model)
-    assert checkpoint.read_state(tmp_path)["epoch"] == 1
-    assert model.get_parameter("weight").eq(1).all()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == 3 * "OSError File too large\n"
+    assert epoch_of(tmp_path) == epoch_of(tmp_path, "best") == 1
+    save(tmp_path, 2, best=True)  # where there is room again
+    assert epoch_of(tmp_path) == epoch_of(tmp_path, "best") == 2
 
 
 def save(directory: Path, epoch: int, *, best: bool) -> None:
@@ -212,22 +209,6 @@ def test_killed_in_the_first_checkpoint(tmp_path: Path) -> None:
         if status == 0:
             break
     assert end_at > 5
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1, best=True)
-
-    def full(state: object, path: Path) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="No space left"):
-            save(tmp_path, 2, best=True)
-    assert epoch_of(tmp_path) == epoch_of(tmp_path, "best") == 1
-    save(tmp_path, 2, best=True)
-    assert epoch_of(tmp_path) == 2
 
 
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE])

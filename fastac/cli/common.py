@@ -96,7 +96,8 @@ def user_errors(*also: type[Exception]) -> Iterator[None]:
         raise click.ClickException(_os_error(error)) from error
     except torch.cuda.OutOfMemoryError as error:
         raise click.ClickException(
-            f"{error}\nA smaller training.batch_size or a larger training.accumulation needs less memory."
+            f"{error}\nA smaller training.batch_size or a larger training.accumulation needs less memory; "
+            "evaluation and prediction do with a smaller training.evaluation_batch_size."
         ) from error
     except expected as error:
         raise click.ClickException(str(error)) from error
@@ -134,6 +135,20 @@ def check_writable(path: Path, option: str) -> None:
         raise click.BadParameter(
             f"must lie in a folder that can be written to, got {above}", param_hint=option
         )
+
+
+def check_picture(path: Path) -> None:
+    """Whether a picture can be written to ``path``: its folder and its suffix.
+
+    Raises:
+        BadParameter: it cannot.
+    """
+    from fastac import figures
+
+    check_writable(path.parent, "--output")
+    if path.suffix.removeprefix(".").lower() not in figures.formats():
+        known = ", ".join(f".{suffix}" for suffix in figures.formats())
+        raise click.BadParameter(f"must end in one of {known}, got {path}", param_hint="--output")
 
 
 def check_one_process(command: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 import torch
 
-from fastac import figures
 from fastac.data.mnist import cache_dir
 from fastac.experiments import speed, table1
 from fastac.experiments.flash_mnist import Recipe, draw_test_video, prepare
@@ -64,10 +63,7 @@ def command(
     if the two do not agree.
     """
     common.check_one_process("demo")
-    common.check_writable(output.parent, "--output")
-    if output.suffix.removeprefix(".").lower() not in figures.formats():
-        known = ", ".join(f".{suffix}" for suffix in figures.formats())
-        raise click.BadParameter(f"must end in one of {known}, got {output}", param_hint="--output")
+    common.check_picture(output)
     with common.user_errors():
         return _demo(
             Recipe(train_videos, test_videos, cnn_frames, seed=seed),

@@ -69,7 +69,9 @@ def command(
             split = split or trained.config.data.validation_split
         with common.user_errors(*common.WRONG_ARGUMENT):
             data = open_like_training(trained, features, labels, split=split)
-        metrics = evaluate(trained.model.to(device), data, device=device, show_progress=True)
+        metrics = evaluate(
+            trained.model.to(device), data, device=device, show_progress=True, **trained.evaluation
+        )
         epoch = trained.state["epoch"]
         rows = "all videos" if split is None else f"split {split}"
         click.echo(f"{rows} of {labels}: {len(data):,} videos; {which} checkpoint (epoch {epoch})")

@@ -69,7 +69,9 @@ def command(
         quiet = output == "-" and sys.stdout.isatty()
         with _opened(output) as file:
             write = _writer(file, chosen_format)
-            for batch, probabilities in predict(model, data, device=device, show_progress=not quiet):
+            for batch, probabilities in predict(
+                model, data, device=device, show_progress=not quiet, **trained.evaluation
+            ):
                 values, classes = probabilities.topk(count, dim=1)
                 for number, of_video, indices in zip(
                     batch.index.tolist(), values.tolist(), classes.tolist(), strict=True

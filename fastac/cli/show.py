@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 import torch
-from matplotlib.figure import Figure
 
 from fastac import figures
 from fastac.data.feature_sets import FeatureSetDataset
@@ -56,12 +55,7 @@ def command(
     fastac show runs/first --video clip7 --video clip9 --output two.pdf
     """
     common.check_one_process("show")
-    common.check_writable(output.parent, "--output")
-    suffixes = sorted(Figure().canvas.get_supported_filetypes())
-    if output.suffix.removeprefix(".").lower() not in suffixes:
-        raise click.BadParameter(
-            f"must end in one of .{', .'.join(suffixes)}, got {output}", param_hint="--output"
-        )
+    common.check_picture(output)
     with common.user_errors():
         trained = load_run(run, which)
         with common.user_errors(*common.WRONG_ARGUMENT):

@@ -75,7 +75,7 @@ def command(
     fastac train data.features=features data.labels=labels.csv \\
         --output runs/first
 
-    trains with the paper's settings on a folder of features and a CSV file of labels.
+    trains with the paper's settings (its section 5.4) on a folder of features and a CSV file of labels.
 
     Features are files MODALITY/VIDEO.npy, files VIDEO.npz with an array per modality, or one HDF5 file with
     data sets VIDEO/MODALITY or MODALITY/VIDEO. An array is (local features, dimension). Videos may differ in
@@ -191,7 +191,7 @@ def _conclude(
     """Evaluates the best checkpoint and draws the pictures."""
     run = load_run(output, checkpoint.BEST)
     model = run.model.to(device)
-    evaluation = evaluate(model, data, device=device) if validated else {}
+    evaluation = evaluate(model, data, device=device, **run.evaluation) if validated else {}
     if not processes.first:
         return
     if validated:

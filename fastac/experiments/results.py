@@ -19,7 +19,10 @@ def folder() -> Path | None:
 
 
 def commit() -> str:
-    """The commit of the checkout this runs from, "-dirty" if it was changed; outside one, the version."""
+    """The commit of the checkout this runs from, "-dirty" if it was changed; outside one, the version.
+
+    Changes of the results themselves do not count: each row is one.
+    """
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -27,10 +30,12 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # an environment may lie in another project's checkout
-        changed = bool(git("status", "--porcelain", "--untracked-files=no"))
+        # An environment may lie in another project's checkout.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git(
+            *("status", "--porcelain", "--untracked-files=no"),
+            *("--", ":(top)", ":(top,exclude)benchmarks/results"),
+        )
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return f"v{__version__}"

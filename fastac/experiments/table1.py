@@ -25,7 +25,7 @@ from fastac.models import AttentionClusterClassifier, ClusterConfig
 from fastac.models.frame_cnn import FEATURES
 from fastac.training import Trainer, TrainingConfig
 from fastac.training.config import OptimizerConfig
-from fastac.training.run import CHECKPOINTS, RunError, save_run
+from fastac.training.run import RunError, is_run, save_run, write_whole
 
 from .flash_mnist import MODALITY, Prepared, Recipe
 from .results import append, commit
@@ -161,7 +161,7 @@ def train_cell(
     check_same(directory, cell, prepared.digits, prepared.recipe)
     directory.mkdir(parents=True, exist_ok=True)
     settings = _settings(cell, prepared.digits, prepared.recipe)
-    (directory / CELL).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_whole(directory / CELL, json.dumps(settings, indent=1) + "\n")
     save_run(directory, model, prepared.train.class_names, None)
     trainer = Trainer(
         model, prepared.train, prepared.test, training_config(cell), directory=directory, device=device
@@ -210,6 +210,7 @@ def run(
                 f"got {prepared.recipe.cnn_epochs}"
             )
     results.parent.mkdir(parents=True, exist_ok=True)
+    made_by = commit()  # of the code that runs; the checkout may go on while cells are trained
     for number, cell in enumerate(wanted):
         directory = runs / cell.name
         with alone(directory) as is_alone:
@@ -223,11 +224,13 @@ def run(
             left = sum(not has(done, other) for other in wanted[number:])
             logger.info("%s: cell %d of %d, %d left to train", cell.name, number + 1, len(wanted), left)
             rows = train_cell(cell, prepared, directory, device=device)
-            _record(results, cell, rows, prepared.frame_accuracy)
+            _record(results, cell, rows, prepared.frame_accuracy, made_by)
             logger.info("%s: %.2f %%", cell.name, 100 * float(rows[-1]["validation_accuracy"]))
 
 
-def _record(results: Path, cell: Cell, rows: list[dict[str, str]], frame_accuracy: float) -> None:
+def _record(
+    results: Path, cell: Cell, rows: list[dict[str, str]], frame_accuracy: float, made_by: str
+) -> None:
     """Adds a cell's rows: first those of its epochs, so that a cell in the results has all of them."""
     identity = {name: getattr(cell, name) for name in IDENTITY}
     accuracies = [100 * float(row["validation_accuracy"]) for row in rows]
@@ -255,7 +258,7 @@ def _record(results: Path, cell: Cell, rows: list[dict[str, str]], frame_accurac
                 "epochs": cell.epochs,
                 "accuracy": f"{accuracies[-1]:.2f}",
                 "seconds": f"{sum(float(row['train_seconds']) for row in rows):.0f}",
-                "commit": commit(),
+                "commit": made_by,
                 "frame_accuracy": f"{100 * frame_accuracy:.2f}",
                 "threads": torch.get_num_threads(),
             }
@@ -355,7 +358,7 @@ def check_same(directory: Path, cell: Cell, digits: str, recipe: Recipe) -> None
                 f"{directory} holds a run of other settings, which needs a folder of its own: "
                 + ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in differing)
             )
-    elif (directory / CHECKPOINTS).exists() and directory.name != cell.name:
+    elif is_run(directory) and directory.name != cell.name:
         raise RunError(f"{directory} holds a run of something else: it has no {CELL}")
 
 

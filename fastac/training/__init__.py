@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checkpoint import CheckpointError
 from .config import OptimizerConfig, TrainingConfig
 from .engine import EpochResult, Trainer, TrainingError, evaluate, predict
-from .run import Run, RunError, load_run
+from .run import Run, RunError, load_run, save_run
 from .run_config import ConfigError, RunConfig
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "evaluate",
     "load_run",
     "predict",
+    "save_run",
 ]

@@ -74,6 +74,6 @@ class TrainingConfig(Settings):
     )
     workers: Annotated[Integer, Field(ge=0)] = Field(default=0, description="processes that read features")
     evaluation_batch_size: Annotated[Integer, Field(ge=1)] = Field(
-        default=1024, description="videos per evaluation batch"
+        default=1024, description="videos per batch of evaluation and prediction"
     )
     tensorboard: Switch = Field(default=True, description="write metrics for TensorBoard beside metrics.csv")

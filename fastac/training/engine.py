@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -221,9 +222,9 @@ class Trainer:
 
         Raises:
             TrainingError: a loss or a parameter that is not finite; the checkpoints of earlier epochs stay.
-            fastac.training.CheckpointError: ``directory`` has a run that is at another epoch.
+            fastac.training.CheckpointError: ``directory`` has a run that is at another epoch, or a
+                metrics.csv that is not of a run.
             ImportError: ``config.tensorboard``, and TensorBoard is not installed.
-            ValueError: ``directory`` has a metrics.csv that is not of a run.
         """
         if self.epoch >= self.config.epochs:
             return []
@@ -358,7 +359,8 @@ def evaluate(
     The loss is the mean over the videos, without weights. Leaves the model in the mode it was in.
 
     Raises:
-        ValueError: an empty data set, or one without labels.
+        ValueError: an empty data set, or one without labels; another precision than float32 or bfloat16, or a
+            batch_size below 1.
     """
     _check_data("data", data)
     device = torch.device(device)
@@ -436,9 +438,22 @@ def _loader(
     return DataLoader(
         cast(Dataset[FeatureBatch], data),
         batch_sampler=sampler,
-        collate_fn=data.collate,
+        collate_fn=partial(_collated, data),
         num_workers=workers,
         pin_memory=device.type == "cuda",
+    )
+
+
+def _collated(data: FeatureData, items: Any) -> FeatureBatch:
+    """``data.collate``, which must make a batch of something: a share of a small batch may have no video."""
+    if len(items):
+        return data.collate(items)
+    return FeatureBatch(
+        features={modality: torch.empty(0, m) for modality, m in data.modalities.items()},
+        labels=None if data.labels is None else data.labels[:0],
+        index=torch.empty(0, dtype=torch.int64),
+        offsets={modality: torch.zeros(1, dtype=torch.int64) for modality in data.modalities},
+        max_length=dict.fromkeys(data.modalities, 0),
     )
 
 
@@ -449,4 +464,6 @@ def _moved(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     if precision == "float32":
         return nullcontext()
+    if precision != "bfloat16":
+        raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
     return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -25,6 +25,7 @@ from fastac.data.sampling import EqualIntervals, RandomSampling, Sampling
 from fastac.models import AttentionClusterClassifier, ClusterConfig
 
 from . import checkpoint
+from .config import TrainingConfig
 from .engine import MAY_CHANGE
 from .run_config import AttentionClusterSettings, ConfigError, RunConfig, dump, load
 
@@ -58,6 +59,16 @@ class Run:
     def modalities(self) -> dict[str, int]:
         """The dimension M of each modality."""
         return {name: cluster.in_features for name, cluster in self.model.modalities.items()}
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """Arguments of `fastac.training.evaluate` and `predict`: what the run itself was evaluated with."""
+        training = TrainingConfig() if self.config is None else self.config.training
+        return {
+            "batch_size": training.evaluation_batch_size,
+            "workers": training.workers,
+            "precision": training.precision,
+        }
 
 
 def make_model(
@@ -174,9 +185,9 @@ def save_run(
     """Writes config.yaml and model.json, by which `load_run` makes the model again."""
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
-        _write(directory / CONFIG, dump(config))
+        write_whole(directory / CONFIG, dump(config))
     description = {"system": SYSTEM, "class_names": class_names, "model": model.config}
-    _write(directory / MODEL, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+    write_whole(directory / MODEL, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
 def save_problems(directory: Path, *data: FeatureSetDataset | None) -> int:
@@ -207,7 +218,7 @@ def check_settings(directory: Path, config: RunConfig) -> None:
     """
     if not (directory / CONFIG).is_file():
         raise RunError(f"{directory} has no {CONFIG}: it is not a run of fastac train")
-    free = {"data.features", "data.labels", *(f"training.{name}" for name in MAY_CHANGE)}
+    free = {"data.features", "data.labels", "data.in_memory", *(f"training.{name}" for name in MAY_CHANGE)}
     before, now = (_flat(c.model_dump(mode="json")) for c in (_load_config(directory), config))
     differing = [
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
@@ -247,10 +258,13 @@ def load_run(directory: str | os.PathLike[str], which: str = checkpoint.BEST) ->
         which: "best" or "last".
 
     Raises:
-        RunError: the folder is not of a run, or its model.json is damaged.
+        RunError: the folder is not of a run, has no such checkpoint, or its model.json is damaged.
         ConfigError: its configuration is damaged.
-        CheckpointError: it has no such checkpoint, or a damaged one.
+        CheckpointError: the checkpoint is damaged.
+        ValueError: another checkpoint than best or last.
     """
+    if which not in (checkpoint.BEST, checkpoint.LAST):
+        raise ValueError(f"which must be {checkpoint.BEST} or {checkpoint.LAST}, got {which!r}")
     directory = Path(directory)
     description = _read_description(directory)
     try:
@@ -323,7 +337,8 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is the old one or the new one, whenever the process is killed."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

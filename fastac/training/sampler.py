@@ -27,6 +27,9 @@ class BatchSampler(Sampler[list[int]]):
         seed: of the order.
         pieces: parts of a batch that are computed one after the other.
         rank, world_size: this process, and how many there are.
+
+    Raises:
+        ValueError: batch_size is below 1.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class BatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self._count, self._batch_size, self._shuffle, self._seed = count, batch_size, shuffle, seed
         self._pieces, self._rank, self._world_size = pieces, rank, world_size
         self._epoch = 0
