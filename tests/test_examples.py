@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+from feature_files import make_videos, write_npy
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def test_the_multimodal_example_reaches_what_it_promises() -> None:
@@ -34,3 +37,15 @@ def test_the_multimodal_example_fails_where_the_promise_is_broken() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "expected: cluster above 90%" in done.stdout
+
+
+def test_the_code_of_the_training_page_runs(tmp_path: Path) -> None:
+    videos = make_videos()
+    write_npy(tmp_path / "features", videos)
+    splits = ("train", "train", "validation")
+    rows = [f"{name},class{i % 2},{splits[i % 3]}\n" for i, name in enumerate(videos)]
+    (tmp_path / "labels.csv").write_text("video,label,split\n" + "".join(rows))
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/training.md").read_text(), re.M | re.S)
+    code += "assert not best.training\nassert best.modalities == model.modalities\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

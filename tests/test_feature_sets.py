@@ -300,8 +300,11 @@ def test_on_error_raise_names_the_file_that_broke(tmp_path: Path, workers: int) 
     path = write_npy(tmp_path / "f", {f"v{i}": {"rgb": ones()} for i in range(3)})
     dataset = FeatureSetDataset(path, on_error="raise")
     os.truncate(path / "rgb/v1.npy", 140)
+    batches = iter(loader(dataset, num_workers=workers))
     with pytest.raises(DataProblemsError, match=r"broke after the checks: v1 \[rgb\]: .*rgb/v1\.npy"):
-        list(loader(dataset, num_workers=workers))
+        list(batches)
+    if workers:  # left to the garbage collector it waits for 5 s, in whatever test comes next
+        batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def test_many_files_that_break_are_not_all_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,8 +76,8 @@ class FeatureSetDataset(Dataset[FeatureSet]):
             (`fastac.data.labels.read_labels`); None takes every video in storage, without labels.
         split: take the videos of this split only.
         modalities: the names to use, in this order, or a mapping from name to M, such as the `modalities` of
-            the training set; unless given, all that storage has, sorted. A mapping's M is expected instead of
-            what most sets have, and it may name a modality that no video has.
+            the training set; unless given, all that the videos taken have, sorted. A mapping's M is expected
+            instead of what most sets have, and it may name a modality that no video has.
         class_names: the classes in order; unless given, those of the training labels, sorted
             (`fastac.data.labels.encode_labels`).
         multi_label: a video may have several labels, separated by ``;`` or ``|`` in its cell.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 
 from .storage import Float32Array, Select, Storage, Video
 
@@ -17,7 +18,7 @@ class MemoryStorage(Storage):
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._kept: dict[tuple[str, str], Float32Array] = {}
+        self._kept: dict[tuple[str, str], tuple[Float32Array, str]] = {}  # the features and where they were
         self._modalities: dict[str, tuple[str, ...]] = {}
         self.path = storage.path
         self.layout = storage.layout
@@ -34,14 +35,12 @@ class MemoryStorage(Storage):
 
     @contextmanager
     def open(self, video: str) -> Iterator[Video]:
-        """Opens one of `videos`, without touching its files where all of it is kept."""
-        modalities = self._modalities.get(video)
-        if modalities is not None and all((video, modality) in self._kept for modality in modalities):
-            yield _KeptVideo(video, modalities, self._kept, None)
-            return
-        with self._storage.open(video) as opened:
-            self._modalities[video] = opened.modalities
-            yield _KeptVideo(video, opened.modalities, self._kept, opened)
+        """Opens one of `videos`; its files only when something that is not kept is asked for."""
+        with ExitStack() as files:
+            opened = cache(lambda: files.enter_context(self._storage.open(video)))
+            if video not in self._modalities:
+                self._modalities[video] = opened().modalities
+            yield _KeptVideo(video, self._modalities[video], self._kept, opened)
 
     def close(self) -> None:
         """Closes the storage's files; what is kept stays."""
@@ -53,29 +52,31 @@ class _KeptVideo(Video):
         self,
         name: str,
         modalities: tuple[str, ...],
-        kept: dict[tuple[str, str], Float32Array],
-        opened: Video | None,
+        kept: dict[tuple[str, str], tuple[Float32Array, str]],
+        opened: Callable[[], Video],
     ) -> None:
         super().__init__(modalities)
         self._name, self._kept, self._opened = name, kept, opened
 
     def where(self, modality: str) -> str:
-        """The entry's file, or that it is in memory."""
-        return "in memory" if self._opened is None else self._opened.where(modality)
+        """The entry's file, with its place in the file."""
+        kept = self._kept.get((self._name, modality))
+        return self._opened().where(modality) if kept is None else kept[1]
 
     def shape(self, modality: str) -> tuple[int, int]:
         """(L, M)."""
         kept = self._kept.get((self._name, modality))
-        if kept is not None:
-            return kept.shape[0], kept.shape[1]
-        assert self._opened is not None
-        return self._opened.shape(modality)
+        if kept is None:
+            return self._opened().shape(modality)
+        length, m = kept[0].shape
+        return length, m
 
     def read(self, modality: str, select: Select | None = None) -> Float32Array:
         """A copy of the features, or of the rows that ``select`` names; the first time all are read."""
         kept = self._kept.get((self._name, modality))
         if kept is None:
-            assert self._opened is not None
-            kept = self._kept[self._name, modality] = self._opened.read(modality)
-        rows: Float32Array = kept.copy() if select is None else kept[select(len(kept))]
+            opened = self._opened()
+            kept = self._kept[self._name, modality] = opened.read(modality), opened.where(modality)
+        x = kept[0]
+        rows: Float32Array = x.copy() if select is None else x[select(len(x))]
         return rows
