@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
 
+def run(command: list[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """On one thread: other tests have the other cores."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def test_the_multimodal_example_reaches_what_it_promises() -> None:
     command = [sys.executable, str(EXAMPLES / "multimodal.py")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(command)
     assert done.returncode == 0, done.stdout + done.stderr
     reached = {
         name: float(value)
@@ -34,7 +41,7 @@ def test_the_multimodal_example_fails_where_the_promise_is_broken() -> None:
         "multimodal.CLASSES, multimodal.TRAIN_VIDEOS, multimodal.TEST_VIDEOS = 50, 50, 50\n"
         "sys.exit(multimodal.main())\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = run([sys.executable, "-c", script])
     assert done.returncode == 1, done.stdout + done.stderr
     assert "expected: cluster above 90%" in done.stdout
 
@@ -47,5 +54,5 @@ def test_the_code_of_the_training_page_runs(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("video,label,split\n" + "".join(rows))
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/training.md").read_text(), re.M | re.S)
     code += "assert not best.training\nassert best.modalities == model.modalities\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = run([sys.executable, "-c", code], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -183,12 +183,15 @@ def test_wheel_contents(wheel: Path) -> None:
         "fastac/py.typed",
         "fastac/measured.json",
         "fastac/kernels/__init__.py",
+        "fastac/cli/__init__.py",
         "fastac/data/__init__.py",
+        "fastac/experiments/__init__.py",
         "fastac/models/__init__.py",
+        "fastac/training/__init__.py",
         f"fastac-{fastac.__version__}.dist-info/licenses/LICENSE",
     } <= set(names)
     assert [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh", ".o"))] == []
-    packaged = {name for name in names if re.fullmatch(r"fastac/(data/|models/)?\w+\.py", name)}
+    packaged = {name for name in names if re.fullmatch(r"fastac/((?!kernels)\w+/)?\w+\.py", name)}
     assert packaged == {str(path.relative_to(ROOT)) for path in (ROOT / "fastac").rglob("*.py")}
 
 
