@@ -38,6 +38,15 @@ def device_option(function: Function) -> Function:
     )(function)
 
 
+def features_option(function: Function) -> Function:
+    """``--features``."""
+    return click.option(
+        "--features",
+        type=click.Path(exists=True, path_type=Path),
+        help="Folder or HDF5 file; that of the training unless given.",
+    )(function)
+
+
 def checkpoint_option(function: Function) -> Function:
     """``--checkpoint``."""
     return click.option(

@@ -15,11 +15,7 @@ from . import common
 
 @click.command("eval")
 @common.run_argument
-@click.option(
-    "--features",
-    type=click.Path(exists=True, path_type=Path),
-    help="Folder or HDF5 file; that of the training unless given.",
-)
+@common.features_option
 @click.option(
     "--labels",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

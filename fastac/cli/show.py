@@ -20,11 +20,7 @@ DRAWN = 4
 
 @click.command("show")
 @common.run_argument
-@click.option(
-    "--features",
-    type=click.Path(exists=True, path_type=Path),
-    help="Folder or HDF5 file; that of the training unless given.",
-)
+@common.features_option
 @click.option(
     "--video",
     "names",
