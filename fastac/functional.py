@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from . import _native, backends, checks, ops, reference
 
 _cpu_inference = ops.operator("cpu", "inference")
-_cpu_forward = ops.operator("cpu", "forward")
+_cpu_function: Any = ops.fast_function("cpu")
 
 
 class Dense(NamedTuple):
@@ -181,12 +181,11 @@ def attention_cluster(
         and not backends.transforming()
         and _is_plain(x, weight, alpha, beta, eps)
     ):
-        inputs = (x, weight, None, None, alpha, beta, None, None, None, eps)
         y: Tensor
         if _needs_grad(x, weight, alpha, beta):
-            y = _cpu_forward(*inputs, ops.keeps_scores(x, weight, x.dtype))[0]
+            y = _cpu_function.apply(x, weight, alpha, beta, eps, ops.keeps_scores(x, weight, x.dtype))
         else:
-            y = _cpu_inference(*inputs)
+            y = _cpu_inference(x, weight, None, None, alpha, beta, None, None, None, eps)
         return y
     return _run(x, weight, None, position_bias, alpha, beta, lengths, mask, offsets, max_length, eps, backend)
 

@@ -132,6 +132,54 @@ def _first_derivative(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[.
     return differentiate
 
 
+def fast_function(stem: str) -> type[torch.autograd.Function]:
+    """What `{stem}_forward` and its autograd rule do, for eager calls with weight, alpha and beta at most.
+
+    A registered rule passes through several layers of Python on its way in and out, which cost more than the
+    kernels of a small call. Arguments: x, weight, alpha, beta, eps, save_scores. Returns: y.
+    """
+    forward_op, backward_op = operator(stem, "forward"), operator(stem, "backward")
+
+    class FastCluster(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x: Tensor,
+            weight: Tensor,
+            alpha: Tensor | None,
+            beta: Tensor | None,
+            eps: float,
+            save_scores: bool,
+        ) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = forward_op(x, weight, None, None, alpha, beta, None, None, None, eps, save_scores)
+            ctx.eps = eps
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, weight, alpha, beta, *output)
+            y: Tensor = output[0]
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if grads[0] is None:
+                return (None,) * 6
+            x, weight, alpha, beta, *saved = ctx.saved_tensors
+            asked = ctx.needs_input_grad
+            needs = asked[0] | asked[1] << 1 | asked[2] << 4 | asked[3] << 5
+            arguments = (
+                grads[0], x, weight, None, None, alpha, beta, None, None, None, ctx.eps, *saved, needs
+            )  # fmt: skip
+            if torch.is_grad_enabled():  # for a second derivative the rule of the backward is needed
+                gradients = backward_op(*arguments)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    gradients = backward_op(*arguments)
+            found = (gradients[0], gradients[1], gradients[4], gradients[5])
+            return *(g if wanted else None for g, wanted in zip(found, asked, strict=False)), None, None
+
+    return FastCluster
+
+
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.eps, ctx.needs, ctx.max_length = inputs[10], inputs[14], inputs[15]
     ctx.set_materialize_grads(False)

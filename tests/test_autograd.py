@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastac
-from fastac import ops
+from fastac import _native, ops
 
 SHIFT = pytest.mark.parametrize("shift", [True, False], ids=["shift", "plain"])
 SMALL = {"B": 3, "L": 4, "M": 5, "N": 2, "dtype": torch.float64, "empty": True}
@@ -366,3 +366,35 @@ def test_no_warning_on_the_way(each_backend: Backend) -> None:
         warnings.simplefilter("error")
         run(each_backend, case, case.dy())
         run(each_backend, case)
+
+
+def _plain_call(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    torch.manual_seed(5)
+    shapes = ((3, 5, 6), (4, 6), (4,), (4,))
+    return tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+
+
+@pytest.mark.skipif(not _native.available, reason="needs the C++ extension")
+@pytest.mark.parametrize("asked", [(0, 1, 2, 3), (0,), (1,), (2,), (1, 2, 3), (0, 3)], ids=str)
+def test_an_eager_call_without_layout_has_the_operators_gradients(asked: tuple[int, ...]) -> None:
+    """It goes past the operator's registered rule; the bits are the same and no gradient is made up."""
+    inputs = tuple(t if i in asked else t.detach() for i, t in enumerate(_plain_call()))
+    y = fastac.attention_cluster(*inputs)
+    assert y.grad_fn is not None and "FastCluster" in type(y.grad_fn).__name__
+    x, weight, alpha, beta = inputs
+    forward = ops.operator("cpu", "forward")
+    expected = forward(x, weight, None, None, alpha, beta, None, None, None, 1e-12, False)[0]
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    leaves = [inputs[i] for i in asked]
+    found = torch.autograd.grad(y, leaves, dy)
+    for a, b in zip(found, torch.autograd.grad(expected, leaves, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not _native.available, reason="needs the C++ extension")
+def test_an_eager_call_without_layout_has_a_second_derivative() -> None:
+    inputs = _plain_call()
+    assert gradgradcheck(fastac.attention_cluster, inputs)
+    x, weight, *_ = inputs
+    assert gradgradcheck(fastac.attention_cluster, (x, weight))

@@ -50,6 +50,25 @@ def test_features(backend: Backend, features: str, weighting: str, dtype: torch.
     check_case(backend, case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], **IDS)
+@pytest.mark.parametrize("features", FEATURES)
+def test_short_rows(cpp: Backend, features: str, dtype: torch.dtype) -> None:
+    """Few features and whole panels of units, the last vector of them full or not: units in lanes."""
+    for M, N in ((50, 64), (128, 32), (67, 62)):
+        for weighting, shift in (("fc1", True), ("fc1", False), ("scores", True)):
+            case = make_case(
+                B=3, L=25, M=M, N=N, features=features, dtype=dtype, weighting=weighting, shift=shift
+            )
+            check_case(cpp, case)
+
+
+def test_short_rows_of_long_sets(cpp: Backend) -> None:
+    """Several blocks of rows to a set, and several segments."""
+    for L in (1500, 5000):
+        for layout in LAYOUTS:
+            check_case(cpp, make_case(B=2, L=L, M=50, N=32, layout=layout))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 @pytest.mark.parametrize("features", ["plain", "log_softmax"])
 def test_long_sets(backend: Backend, features: str, dtype: torch.dtype) -> None:

@@ -3,7 +3,10 @@
 //     dS = a (e - rowsum(a e))                             dX = a^T (alpha dU) + dS^T W
 //     dW = sum dS x      dbeta = dU . 1      dalpha = dU . z
 // A task is a run of segments and owns one partial sum of every parameter gradient; they are added in a fixed
-// order. Included inside an anonymous namespace.
+// order.
+//
+// Rows of few vectors do not fill a panel and leave little to add up in the lanes of a dot tile. There dU and
+// dW are kept transposed, with units in lanes. Included inside an anonymous namespace.
 
 template <typename T>
 class Backward {
@@ -20,6 +23,7 @@ class Backward {
         units_(problem.units),
         vectors_(cpu::ceil_div(problem.units, kLanes<A>)),
         stride_(vectors_ * kLanes<A>),
+        units_in_lanes_(problem.features <= cpu::kShortRow && vectors_ % kTileVectors == 0),
         root_units_(std::sqrt(A(problem.units))),
         stream_(args.dx != nullptr && streams<T>(args.dx, problem.features,
                                                  problem.sets.rows * problem.features * int64_t(sizeof(T)))) {
@@ -47,6 +51,7 @@ class Backward {
 
  private:
   static constexpr int64_t kSumRun = 4;
+  static constexpr int64_t kDotRun = 32;  // features of dU . d added up in one chain, with units in lanes
   static constexpr int64_t kPrefetchBytes = 192 << 10;  // of y and of dY each
 
   struct Scratch {
@@ -57,7 +62,8 @@ class Backward {
       row_stride = cpu::ceil_div(rows, kLanes<A>) * kLanes<A>;
       cpu::Arena arena(base);
       panels = arena.take<A>(rows * b.panels_ * kPanel<A>);
-      du = arena.take<A>(b.units_ * b.panels_ * kPanel<A>);
+      du = b.keeps_du_rows() ? arena.take<A>(b.units_ * b.panels_ * kPanel<A>) : nullptr;
+      du_transposed = b.units_in_lanes_ ? arena.take<A>(b.stride_ * b.panels_ * kPanel<A>) : nullptr;
       weights = arena.take<A>(rows * b.stride_);
       ds = arena.take<A>(rows * b.stride_);
       by_unit_weights = arena.take<A>(b.stride_ * row_stride);
@@ -65,6 +71,7 @@ class Backward {
       offset = arena.take<A>(rows);
       tile = arena.take<A>(kTileRows * kPanel<A>);
       dots = arena.take<A>(dot_sums<A>(rows));
+      none = arena.take<A>(b.stride_);
       du_sum = arena.take<A>(b.stride_);
       du_u = arena.take<A>(b.stride_);
       dalpha = arena.take<A>(b.stride_);
@@ -73,18 +80,22 @@ class Backward {
         if (p == nullptr) break;
         for (int64_t n = b.units_; n < b.stride_; ++n) p[n] = 0;
       }
+      if (none != nullptr)
+        for (int64_t n = 0; n < b.stride_; ++n) none[n] = 0;
       return arena.used();
     }
 
     A* panels;           // [M / kPanel][rows][kPanel]: x less its offset
     A* offset;           // (rows)
-    A* du;               // [M / kPanel][N][kPanel]
+    A* du;               // [M / kPanel][N][kPanel], or null
+    A* du_transposed;    // [N / kLanes][M][kLanes], M rounded up to whole panels, or null
     A* weights;          // [rows][stride]: a, then alpha a
     A* ds;               // [rows][stride]: dU . d, then dS
     A* by_unit_weights;  // [N][row_stride]: `weights` transposed
     A* by_unit_ds;       // [N][row_stride]: `ds` transposed
     A* tile;
     A* dots;
+    A* none;       // (stride): 0
     A* du_sum;     // (stride): dU . 1
     A* du_u;       // (stride): dU . u, 0 unless the norm was below eps or there is no shift
     A* dalpha;     // (stride): sum_l a_l (dU . x_l)
@@ -105,10 +116,11 @@ class Backward {
   }
 
   bool needs_dot() const { return needs_ds() || needs(kNeedAlpha); }
+  bool keeps_du_rows() const { return !units_in_lanes_ || needs(kNeedX); }
 
   void layout_partials(cpu::Arena& arena, int64_t chunks) {
     if (needs(kNeedWeight)) {
-      dweight_ = arena.take<A>(chunks * weight_size());
+      dweight_ = arena.take<A>(chunks * dweight_size());
       dweight_offset_ = arena.take<A>(chunks * units_);
     }
     if (needs(kNeedPositionBias)) dposition_bias_ = arena.take<A>(chunks * units_ * problem_.max_length);
@@ -119,6 +131,8 @@ class Backward {
   }
 
   int64_t weight_size() const { return units_ * panels_ * kPanel<A>; }
+  // Of one partial sum: [M / kPanel][N][kPanel], or with units in lanes [N / kPanel][M][kPanel].
+  int64_t dweight_size() const { return units_in_lanes_ ? stride_ * problem_.features : weight_size(); }
 
   // Panels of W serve dX = ... + dS^T W, the transposed form recomputes scores that were not saved.
   void pack_weight() {
@@ -162,7 +176,7 @@ class Backward {
 
   void chunk(Scratch& scratch, int64_t c) const {
     if (dweight_) {
-      std::memset(dweight_ + c * weight_size(), 0, weight_size() * sizeof(A));
+      std::memset(dweight_ + c * dweight_size(), 0, dweight_size() * sizeof(A));
       std::memset(dweight_offset_ + c * units_, 0, units_ * sizeof(A));
     }
     if (dposition_bias_)
@@ -180,8 +194,10 @@ class Backward {
   void prefetch(Scratch& scratch, int64_t set) const {
     const int64_t features = problem_.features, row = features * int64_t(sizeof(T));
     const int64_t rows = std::min(problem_.sets.length[set], plan_.block_rows);
+    const int64_t tiles = units_in_lanes_ ? vectors_ / kTileVectors * cpu::ceil_div(kPanel<A>, kTileRows)
+                                          : cpu::ceil_div(units_, kTileRows);
     const int64_t steps = panels_ * (cpu::ceil_div(rows, kTileRows) * (needs(kNeedX) ? 1 : 0) +
-                                     cpu::ceil_div(units_, kTileRows) * (dweight_ != nullptr ? 1 : 0));
+                                     tiles * (dweight_ != nullptr ? 1 : 0));
     if (problem_.sets.position == nullptr && problem_.x_row_stride == features)
       scratch.next_x.start(static_cast<const T*>(problem_.x) + problem_.x_begin(set), rows * row, steps);
     const int64_t bytes = std::min(units_ * row, kPrefetchBytes), at = set * units_ * features;
@@ -192,8 +208,12 @@ class Backward {
   void segment(Scratch& scratch, const cpu::Segment& segment, const cpu::Segment* next, int64_t c) const {
     const int64_t set = segment.set, rows = segment.end - segment.begin;
     for (int64_t n = 0; n < stride_; ++n) scratch.dalpha[n] = 0;
-    if (rows == 0)
-      balanced(units_, kDotTile, [&](int64_t n0, int64_t p) { output_gradients(scratch, set, n0, p); });
+    if (rows == 0) {
+      if (units_in_lanes_)
+        output_gradient_transposed(scratch, set);
+      else
+        balanced(units_, kDotTile, [&](int64_t n0, int64_t p) { output_gradients(scratch, set, n0, p); });
+    }
     const bool whole = segment.partial < 0 && rows <= plan_.block_rows;
     // The same for every segment of a set, since only over all its positions dS sums to 0.
     const A center = rows > 0 ? row_offset<T, A>(source(set).row(0), problem_.features) : A(0);
@@ -209,11 +229,9 @@ class Backward {
     parameter_gradients(scratch, segment, c);
   }
 
-  // dU = c (dY - u^ (u^ . dY)) of `Units` units into panels, with its sum over features. What dalpha and
-  // dbeta are made of is a small rest of many signed terms, so its sums are sums of short ones: kSumRun
-  // panels at a time.
+  // dU = c (dY - u^ (u^ . dY)) = factor dY - project y: both factors of `Units` units.
   template <int Units>
-  void output_gradient(Scratch& scratch, int64_t set, int64_t first) const {
+  void output_factors(Scratch& scratch, int64_t set, int64_t first, A* factor, A* project) const {
     const int64_t features = problem_.features, at = (set * units_ + first) * features;
     const T* dy = static_cast<const T*>(args_.dy) + at;
     const T* y = static_cast<const T*>(args_.y) + at;
@@ -232,7 +250,6 @@ class Backward {
       }
       fold_all<A, Units>(sum, dot);
     }
-    A factor[Units], project[Units];
     for (int i = 0; i < Units; ++i) {
       factor[i] = 1;
       project[i] = 0;
@@ -248,6 +265,17 @@ class Backward {
       else
         project[i] = A(problem_.units) * dot[i] * factor[i];  // c u^ (u^ . dY) = c N y (y . dY)
     }
+  }
+
+  // dU of `Units` units into panels, with its sum over features. What dalpha and dbeta are made of is a small
+  // rest of many signed terms, so its sums are sums of short ones: kSumRun panels at a time.
+  template <int Units>
+  void output_gradient(Scratch& scratch, int64_t set, int64_t first) const {
+    const int64_t features = problem_.features, at = (set * units_ + first) * features;
+    const T* dy = static_cast<const T*>(args_.dy) + at;
+    const T* y = static_cast<const T*>(args_.y) + at;
+    A factor[Units], project[Units];
+    output_factors<Units>(scratch, set, first, factor, project);
     Vec<A> sum[Units] = {};
     const int64_t step = units_ * kPanel<A>;
     A* out = scratch.du + first * kPanel<A>;
@@ -273,6 +301,62 @@ class Backward {
 
   void output_gradients(Scratch& scratch, int64_t set, int64_t first, int64_t count) const {
     with_rows<kDotTile>(count, [&](auto units) { output_gradient<units>(scratch, set, first); });
+  }
+
+  // The same for all units, transposed.
+  void output_gradient_transposed(Scratch& scratch, int64_t set) const {
+    for (int64_t first = 0; first < units_; first += kLanes<A>) {
+      A factor[kLanes<A>], project[kLanes<A>];
+      const int64_t count = std::min(kLanes<A>, units_ - first);
+      balanced(count, kDotTile, [&](int64_t i, int64_t length) {
+        with_rows<kDotTile>(length, [&](auto units) {
+          output_factors<units>(scratch, set, first + i, factor + i, project + i);
+        });
+      });
+      transpose_gradient(scratch, set, first, count, factor, project);
+    }
+  }
+
+  // dU = factor dY - project y of one vector of units.
+  void transpose_gradient(Scratch& scratch, int64_t set, int64_t first, int64_t count, const A* factor,
+                          const A* project) const {
+    const int64_t features = problem_.features, at = (set * units_ + first) * features;
+    const int64_t padded = panels_ * kPanel<A>;
+    const T* dy = static_cast<const T*>(args_.dy) + at;
+    const T* y = static_cast<const T*>(args_.y) + at;
+    A* transposed = scratch.du_transposed + first * padded;
+    Vec<A> sum = {};
+    for (int64_t m = 0; m < padded; m += kLanes<A>) {
+      const int64_t left = std::min(kLanes<A>, features - m);
+      Vec<A> block[kLanes<A>];
+      if (left <= 0) {
+        FASTAC_EACH (i, kLanes<A>) block[i] = Vec<A>{};
+      } else if (left == kLanes<A> && count == kLanes<A>) {
+        FASTAC_EACH (i, kLanes<A>) block[i] = Storage<T>::load(dy + i * features + m) * factor[i];
+        if (problem_.shift)
+          FASTAC_EACH (i, kLanes<A>) block[i] -= Storage<T>::load(y + i * features + m) * project[i];
+      } else {
+        FASTAC_EACH (i, kLanes<A>)
+          block[i] = i < count ? load_some(dy + i * features + m, left) * factor[i] : Vec<A>{};
+        if (problem_.shift)
+          FASTAC_EACH (i, kLanes<A>)
+            if (i < count) block[i] -= load_some(y + i * features + m, left) * project[i];
+      }
+      if (scratch.du != nullptr) {
+        A* rows = scratch.du + (m / kPanel<A> * units_ + first) * kPanel<A> + m % kPanel<A>;
+        FASTAC_EACH (i, kLanes<A>)
+          if (i < count) store_vector(rows + i * kPanel<A>, block[i]);
+      }
+      if (left <= 0) continue;
+      transpose_block<A>(block);
+      Vec<A> run = {};
+      FASTAC_EACH (i, kLanes<A>) {
+        run += block[i];
+        store_vector(transposed + (m + i) * kLanes<A>, block[i]);
+      }
+      sum += run;
+    }
+    store_vector(scratch.du_sum + first, sum);
   }
 
   static inline __attribute__((always_inline)) Vec<A> load_some(const T* p, int64_t count) {
@@ -323,6 +407,13 @@ class Backward {
   void dot_products(Scratch& scratch, int64_t set, int64_t rows, bool first) const {
     const int64_t row = problem_.features * int64_t(sizeof(T));
     const int64_t row_tiles = cpu::ceil_div(rows, kDotTile);
+    if (units_in_lanes_) {
+      if (first) output_gradient_transposed(scratch, set);
+      if (needs_dot())
+        score_block<A, kDotRun>(scratch.panels, scratch.offset, rows, problem_.features,
+                                scratch.du_transposed, scratch.none, vectors_, scratch.ds, stride_);
+      return;
+    }
     balanced(units_, kDotTile, [&](int64_t n0, int64_t p) {
       if (first) {
         output_gradients(scratch, set, n0, p);
@@ -384,7 +475,8 @@ class Backward {
     }
     if (needs(kNeedX))
       transpose<A>(scratch.weights, stride_, rows, units_, scratch.by_unit_weights, scratch.row_stride);
-    if (needs_ds()) transpose<A>(scratch.ds, stride_, rows, units_, scratch.by_unit_ds, scratch.row_stride);
+    if (needs_ds() && needs(kNeedX | kNeedScores | kNeedPositionBias))
+      transpose<A>(scratch.ds, stride_, rows, units_, scratch.by_unit_ds, scratch.row_stride);
   }
 
   int64_t dscores_begin(int64_t set) const {
@@ -414,15 +506,16 @@ class Backward {
     const int64_t* position = positions(set);
     const int64_t features = problem_.features, panel = units_ * kPanel<A>;
     T* dx = needs(kNeedX) ? static_cast<T*>(args_.dx) + problem_.sets.first_row[set] * features : nullptr;
-    A* dweight = dweight_ ? dweight_ + c * weight_size() : nullptr;
+    A* dweight = dweight_ ? dweight_ + c * dweight_size() : nullptr;
     for (int64_t p = 0; p < panels_; ++p) {
       if (dx != nullptr)
         balanced(rows, kTileRows, [&](int64_t r0, int64_t count) {
           panel_kernel<A, Start::kZero>(count)(scratch.tile, nullptr, scratch.by_unit_weights + r0,
-                                               scratch.row_stride, scratch.du + p * panel, units_);
+                                               scratch.row_stride, scratch.du + p * panel, kPanel<A>, units_);
           if (weight_panels_ != nullptr)
             panel_kernel<A, Start::kLoad>(count)(scratch.tile, nullptr, scratch.by_unit_ds + r0,
-                                                 scratch.row_stride, weight_panels_ + p * panel, units_);
+                                                 scratch.row_stride, weight_panels_ + p * panel, kPanel<A>,
+                                                 units_);
           scratch.step();
           for (int64_t i = 0; i < count; ++i) {
             const int64_t row = position ? position[begin + r0 + i] : begin + r0 + i;
@@ -432,10 +525,18 @@ class Backward {
             store_panel<T, A>(dx + row * features, p, features, value, stream_);
           }
         });
-      if (dweight != nullptr)
+      const A* x = scratch.panels + p * rows * kPanel<A>;
+      if (dweight != nullptr && units_in_lanes_)
+        for (int64_t n = 0; n < stride_; n += kPanel<A>)
+          balanced(std::min(kPanel<A>, features - p * kPanel<A>), kTileRows, [&](int64_t m, int64_t count) {
+            panel_kernel<A, Start::kLoad>(count)(dweight + n * features + (p * kPanel<A> + m) * kPanel<A>,
+                                                 nullptr, x + m, kPanel<A>, scratch.ds + n, stride_, rows);
+            scratch.step();
+          });
+      else if (dweight != nullptr)
         balanced(units_, kTileRows, [&](int64_t n0, int64_t count) {
           panel_kernel<A, Start::kLoad>(count)(dweight + p * panel + n0 * kPanel<A>, nullptr, scratch.ds + n0,
-                                               stride_, scratch.panels + p * rows * kPanel<A>, rows);
+                                               stride_, x, kPanel<A>, rows);
           scratch.step();
         });
     }
@@ -484,7 +585,9 @@ class Backward {
 
   void reduce(int64_t chunks) const {
     const int64_t features = problem_.features;
-    if (needs(kNeedWeight))
+    if (needs(kNeedWeight) && units_in_lanes_)
+      for (int64_t n = 0; n < units_; n += kLanes<A>) reduce_transposed(n, chunks);
+    else if (needs(kNeedWeight))
       cpu::parallel(parallel_for_, panels_, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p)
           for (int64_t n = 0; n < units_; ++n) {
@@ -511,11 +614,33 @@ class Backward {
     if (needs(kNeedBeta)) add(dbeta_, args_.dbeta, units_);
   }
 
+  // dW of one vector of units from its transposed partial sums.
+  void reduce_transposed(int64_t first, int64_t chunks) const {
+    const int64_t features = problem_.features, count = std::min(kLanes<A>, units_ - first);
+    Vec<A> offset = {};
+    for (int64_t c = 0; c < chunks; ++c) offset += load_partial(dweight_offset_ + c * units_ + first, count);
+    const A* sums = dweight_ + first / kPanel<A> * kPanel<A> * features + first % kPanel<A>;
+    T* dweight = static_cast<T*>(args_.dweight) + first * features;
+    for (int64_t m = 0; m < features; m += kLanes<A>) {
+      const int64_t left = std::min(kLanes<A>, features - m);
+      Vec<A> block[kLanes<A>];
+      FASTAC_EACH (i, kLanes<A>) {
+        block[i] = offset;
+        if (i < left)
+          for (int64_t c = 0; c < chunks; ++c)
+            block[i] += load_vector(sums + c * dweight_size() + (m + i) * kPanel<A>);
+      }
+      transpose_block<A>(block);
+      for (int64_t i = 0; i < count; ++i) store_some<T, A>(dweight + i * features + m, block[i], left, false);
+    }
+  }
+
   const Problem& problem_;
   const BackwardArguments& args_;
   const ParallelFor parallel_for_;
   const cpu::Plan plan_;
   const int64_t panels_, units_, vectors_, stride_;
+  const bool units_in_lanes_;
   const A root_units_;
   const bool stream_;
   cpu::Buffer packed_panels_, packed_transposed_, partials_;

@@ -70,11 +70,12 @@ class Forward {
       softmax.offset_sum = arena.take<A>(units);
       softmax.scale = arena.take<A>(units);
       shift = arena.take<A>(units);
+      u = arena.take<A>(f.problem_.features <= cpu::kShortRow ? f.panels_ * kPanel<A> * kPanel<A> : 0);
       sums = arena.take<A>(std::max<int64_t>(2 * kTileRows, f.plan_.unit_block) * f.panels_ * kPanel<A>);
       return arena.used();
     }
 
-    A *panels, *scores, *offset, *shift, *sums;
+    A *panels, *scores, *offset, *shift, *u, *sums;
     RunningSoftmax<A> softmax;
     Pending pending;
     Prefetch prefetch;
@@ -206,6 +207,12 @@ class Forward {
       coefficient[n] = scale;
       scratch.shift[n] = n < units ? scale * scratch.softmax.offset_sum[n] + beta(unit_begin + n) : A(0);
     }
+    // Rows of few vectors do not fill a panel and wait long for their norm: units take the lanes instead.
+    if (problem_.features <= cpu::kShortRow && stride % kPanel<A> == 0) {
+      for (int64_t n = 0; n < stride; n += kPanel<A>)
+        unit_panel(scratch, rows, stride, n, set, unit_begin, units);
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t n = 0; n < stride; n += kLanes<A>)
         store_vector(scratch.scores + r * stride + n,
@@ -217,6 +224,67 @@ class Forward {
         unit_tile<tile_rows>(scratch, rows, stride, n0, set, unit_begin + n0, u);
       });
     });
+  }
+
+  static constexpr int64_t kSquareRun = 8;  // features whose squares are added up in one chain
+
+  // u = (alpha z + beta) of kPanel units, transposed, and y of those that are below `units`.
+  __attribute__((noinline)) void unit_panel(Scratch& scratch, int64_t rows, int64_t stride, int64_t n0,
+                                            int64_t set, int64_t unit_begin, int64_t units) const {
+    const int64_t features = problem_.features;
+    Vec<A> coefficient[kTileVectors], shift[kTileVectors], squares[kTileVectors];
+    FASTAC_EACH (v, kTileVectors) {
+      coefficient[v] = load_vector(scratch.softmax.scale + n0 + v * kLanes<A>);
+      shift[v] = load_vector(scratch.shift + n0 + v * kLanes<A>);
+      squares[v] = Vec<A>{};
+    }
+    for (int64_t p = 0; p < panels_; ++p)
+      balanced(std::min(kPanel<A>, features - p * kPanel<A>), kTileRows, [&](int64_t m, int64_t length) {
+        scratch.prefetch.step();
+        A* u = scratch.u + (p * kPanel<A> + m) * kPanel<A>;
+        panel_kernel<A, Start::kZero>(length)(u, nullptr, scratch.panels + p * rows * kPanel<A> + m,
+                                              kPanel<A>, scratch.scores + n0, stride, rows);
+      });
+    for (int64_t begin = 0; begin < features; begin += kSquareRun) {
+      Vec<A> run[kTileVectors] = {};
+      for (int64_t m = begin; m < std::min(begin + kSquareRun, features); ++m)
+        FASTAC_EACH (v, kTileVectors) {
+          A* u = scratch.u + m * kPanel<A> + v * kLanes<A>;
+          const Vec<A> value = load_vector(u) * coefficient[v] + shift[v];
+          run[v] += value * value;
+          store_vector(u, value);
+        }
+      FASTAC_EACH (v, kTileVectors) squares[v] += run[v];
+    }
+    FASTAC_EACH (v, kTileVectors) {
+      const int64_t n = n0 + v * kLanes<A>, left = std::min(kLanes<A>, units - n);
+      Vec<A> factor = broadcast(A(1));
+      if (problem_.shift) {
+        const Vec<A> norm = square_root<A>(squares[v]), eps = broadcast(A(problem_.eps));
+        factor = A(1) / (root_units_ * (norm < eps ? eps : norm));
+        if (A* stats = norm_of(set, unit_begin + n)) store_some<A, A>(stats, norm, left, false);
+      }
+      write_vector(scratch.u + v * kLanes<A>, factor, y_row(set, unit_begin + n), left);
+    }
+  }
+
+  // y = factor u of one vector of units from u transposed.
+  inline __attribute__((always_inline)) void write_vector(const A* u, Vec<A> factor, T* y,
+                                                          int64_t units) const {
+    const int64_t features = problem_.features;
+    for (int64_t m = 0; m < features; m += kLanes<A>) {
+      const int64_t left = std::min(kLanes<A>, features - m);
+      Vec<A> block[kLanes<A>];
+      FASTAC_EACH (i, kLanes<A>) block[i] = load_vector(u + (m + i) * kPanel<A>) * factor;
+      transpose_block<A>(block);
+      if (units == kLanes<A> && left == kLanes<A> && !stream_) {
+        FASTAC_EACH (i, kLanes<A>) Storage<T>::store(y + i * features + m, block[i]);
+      } else if (units == kLanes<A>) {
+        FASTAC_EACH (i, kLanes<A>) store_some<T, A>(y + i * features + m, block[i], left, stream_);
+      } else {
+        for (int64_t i = 0; i < units; ++i) store_some<T, A>(y + i * features + m, block[i], left, stream_);
+      }
+    }
   }
 
   template <int Rows>
@@ -294,7 +362,7 @@ class Forward {
       balanced(units, kTileRows, [&](int64_t n0, int64_t count) {
         panel_kernel<A, Start::kScale>(count)(scratch.sums + (p * units + n0) * kPanel<A>,
                                               scratch.softmax.scale + n0, scratch.scores + n0, stride,
-                                              scratch.panels + p * rows * kPanel<A>, rows);
+                                              scratch.panels + p * rows * kPanel<A>, kPanel<A>, rows);
       });
   }
 

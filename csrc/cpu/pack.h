@@ -43,10 +43,13 @@ struct RowSums {
 template <typename A>
 inline void subtract(A* row, int64_t step, int64_t features, A mean) {
   for (int64_t m = 0; m < features; m += kPanel<A>, row += step)
-    for (int v = 0; v < kTileVectors; ++v) {
-      A keep[kLanes<A>];
-      for (int64_t i = 0; i < kLanes<A>; ++i) keep[i] = m + v * kLanes<A> + i < features ? mean : A(0);
-      store_vector(row + v * kLanes<A>, load_vector(row + v * kLanes<A>) - load_vector(keep));
+    FASTAC_EACH (v, kTileVectors) {
+      A* at = row + v * kLanes<A>;
+      const int64_t left = features - m - v * kLanes<A>;
+      if (left >= kLanes<A>)
+        store_vector(at, load_vector(at) - mean);
+      else if (left > 0)
+        store_partial(at, load_vector(at) - mean, left);
     }
 }
 
@@ -196,4 +199,16 @@ inline __attribute__((always_inline)) void store_panel(T* row, int64_t panel, in
     else if (left > 0)
       store_partial(row + m, value[v], left);
   }
+}
+
+// Up to a vector of a row, or of a block of rows, of y or dweight. Streamed where a vector is a whole line.
+template <typename T, typename A>
+inline __attribute__((always_inline)) void store_some(T* p, Vec<A> value, int64_t count, bool stream) {
+  if constexpr (std::is_same_v<T, A> && FASTAC_VECTOR_BYTES == 64) {
+    if (stream && count == kLanes<A>) return stream_vector(p, value);
+  }
+  if (count == kLanes<A>)
+    Storage<T>::store(p, value);
+  else
+    store_partial(p, value, count);
 }

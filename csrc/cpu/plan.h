@@ -19,6 +19,7 @@ constexpr int64_t kFewTasks = 8;        // below this many segments the units ar
 constexpr int64_t kSegmentRows = 1024;  // a set is cut into segments no shorter than this
 constexpr int64_t kSegments = 16;       // ... and into about this many when it is alone
 constexpr int64_t kMaxChunks = 16;      // partial sums of dweight
+constexpr int64_t kShortRow = 128;      // features up to which a backward task keeps units in lanes
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

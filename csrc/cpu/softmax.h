@@ -6,12 +6,12 @@
 constexpr int64_t kScoreRun = 256;
 
 // S[r, n] = sum_m x[r, m] weight[n, m] (Eq. 4) for r < rows and the units of `vectors` packed vectors.
-template <typename A>
+template <typename A, int64_t Run = kScoreRun>
 inline void score_block(const A* panels, const A* offset, int64_t rows, int64_t features,
                         const A* packed_weight, const A* weight_sums, int64_t vectors, A* scores,
                         int64_t stride) {
   const int64_t count = panel_count<A>(features), padded = count * kPanel<A>,
-                run_panels = kScoreRun / kPanel<A>;
+                run_panels = std::max<int64_t>(Run / kPanel<A>, 1);
   auto run = [&](int64_t first, auto width) {
     constexpr int kWidth = decltype(width)::value;
     balanced(rows, kTileRows, [&](int64_t r0, int64_t n) {
@@ -23,9 +23,9 @@ inline void score_block(const A* panels, const A* offset, int64_t rows, int64_t 
           Tile<A, tile_rows, kWidth> tile;
           tile.fill(0);
           for (; p < end; ++p)
-            tile.template multiply_add<kPanel<A>>(panels + (p * rows + r0) * kPanel<A>, 1,
-                                                  weight + p * kPanel<A> * kLanes<A>, kLanes<A>, kPanel<A>,
-                                                  padded * kLanes<A>);
+            tile.template multiply_add<kPanel<A>>(
+                panels + (p * rows + r0) * kPanel<A>, 1, weight + p * kPanel<A> * kLanes<A>, kLanes<A>,
+                std::min(kPanel<A>, features - p * kPanel<A>), padded * kLanes<A>);
           for (int i = 0; i < tile_rows; ++i)
             for (int v = 0; v < kWidth; ++v) {
               const int64_t at = (first + v) * kLanes<A>;

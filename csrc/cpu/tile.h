@@ -258,15 +258,16 @@ inline int64_t dot_sums(int64_t rows) {
 }
 
 // Panel tiles: `Rows` consecutive rows of one panel in memory,
-//     out[r, :] = scale[r] * out[r, :] + sum_k row[k * row_step + r] * column[k, :].
+//     out[r, :] = scale[r] * out[r, :] + sum_k row[k * row_step + r] * column[k * column_step + :].
 // Functions of their own, so that nothing around them competes for registers.
 enum class Start { kZero, kLoad, kScale };
 
 template <typename A, int Rows, Start From>
-void panel_tile(A* out, const A* scale, const A* row, int64_t row_step, const A* column, int64_t count) {
+void panel_tile(A* out, const A* scale, const A* row, int64_t row_step, const A* column, int64_t column_step,
+                int64_t count) {
   Tile<A, Rows, kTileVectors> tile;
   tile.fill(0);
-  tile.template multiply_add<1>(row, row_step, column, kPanel<A>, count);
+  tile.template multiply_add<1>(row, row_step, column, column_step, count);
   // Added at the end, so that a long sum is a sum of short ones.
   if constexpr (From == Start::kScale) tile.add(out, scale);
   if constexpr (From == Start::kLoad) tile.add(out);
@@ -274,7 +275,7 @@ void panel_tile(A* out, const A* scale, const A* row, int64_t row_step, const A*
 }
 
 template <typename A>
-using PanelKernel = void (*)(A*, const A*, const A*, int64_t, const A*, int64_t);
+using PanelKernel = void (*)(A*, const A*, const A*, int64_t, const A*, int64_t, int64_t);
 template <typename A, Start From, int... Index>
 constexpr std::array<PanelKernel<A>, sizeof...(Index)> panel_kernels(std::integer_sequence<int, Index...>) {
   return {&panel_tile<A, Index + 1, From>...};

@@ -209,6 +209,19 @@ inline void store_partial(T* p, Vec<A> v, int64_t count) {
 }
 #endif
 
+template <typename A>
+inline Vec<A> square_root(Vec<A> x) {
+  Vec<A> root = {};
+  for (int64_t i = 0; i < kLanes<A>; ++i) root[i] = std::sqrt(A(x[i]));
+  return root;
+}
+#if FASTAC_VECTOR_BYTES == 64
+template <>
+inline Vec<float> square_root<float>(Vec<float> x) {
+  return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+}
+#endif
+
 // e^x by Cody-Waite reduction and a Taylor polynomial; 0 below -87 (double: -708), NaN stays NaN.
 inline Vec<float> exponential(Vec<float> x) {
   Vec<float> clamped = x < -88.0f ? broadcast(-88.0f) : x;

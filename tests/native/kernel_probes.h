@@ -169,7 +169,7 @@ void probe_panel_tile(bool f64, int64_t start, int64_t rows, void* out, const vo
     const PanelKernel<A> kernel = start == 0   ? panel_kernel<A, Start::kZero>(rows)
                                   : start == 1 ? panel_kernel<A, Start::kLoad>(rows)
                                                : panel_kernel<A, Start::kScale>(rows);
-    kernel(out_as(a, out), in_as(a, scale), in_as(a, row), row_step, in_as(a, column), count);
+    kernel(out_as(a, out), in_as(a, scale), in_as(a, row), row_step, in_as(a, column), kPanel<A>, count);
   });
 }
 
