@@ -23,7 +23,7 @@ import feature_files
 import numpy as np
 import pytest
 
-from fastac.cli import _StderrHandler, main
+from fastac.cli import logging_to_stderr, main
 from fastac.training import Trainer
 from fastac.training.run_config import load, template
 
@@ -58,16 +58,6 @@ def start(*arguments: object, launcher: tuple[str, ...] = ("-m",)) -> subprocess
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def logger() -> Iterator[None]:
-    """`main` makes the package log to standard error; afterwards it does what it did."""
-    logger = logging.getLogger("fastac")
-    before = list(logger.handlers), logger.level, logger.propagate
-    yield
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 class Data(NamedTuple):
@@ -588,9 +578,9 @@ def test_show_passes_over_broken_videos_unless_they_are_named(run: Path, data: D
 
 
 def test_the_log_goes_to_what_standard_error_is_now() -> None:
-    fastac("--version")
     logger, err = logging.getLogger("fastac"), io.StringIO()
-    assert any(isinstance(handler, _StderrHandler) for handler in logger.handlers)
-    with contextlib.redirect_stderr(err):
+    before = list(logger.handlers), logger.level, logger.propagate
+    with logging_to_stderr(), contextlib.redirect_stderr(err):
         logger.warning("größe")
     assert err.getvalue() == "größe\n"
+    assert (list(logger.handlers), logger.level, logger.propagate) == before

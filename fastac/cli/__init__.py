@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 
@@ -77,9 +78,9 @@ def group() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    _log_to_stderr()
     try:
-        status = group.main(argv, prog_name="fastac", standalone_mode=False)
+        with logging_to_stderr():
+            status = group.main(argv, prog_name="fastac", standalone_mode=False)
     except click.Abort as error:
         if isinstance(error.__cause__, EOFError):  # click takes one for the end of the user's input
             raise error.__cause__ from None
@@ -106,13 +107,21 @@ class _StderrHandler(logging.Handler):
             bars.tqdm.write(text, file=sys.stderr)
 
 
-def _log_to_stderr() -> None:
+@contextmanager
+def logging_to_stderr() -> Iterator[None]:
+    """The package's log goes to standard error; afterwards it goes where it went, for callers in Python."""
     logger = logging.getLogger("fastac")
-    if not logger.handlers:
-        handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        # Which backend computes is for `fastac info` and `fastac.explain` to say, unless something is wrong.
-        handler.addFilter(lambda record: record.module != "backends" or record.levelno > logging.INFO)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    before = logger.level, logger.propagate
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    # Which backend computes is for `fastac info` and `fastac.explain` to say, unless something is wrong.
+    handler.addFilter(lambda record: record.module != "backends" or record.levelno > logging.INFO)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
