@@ -23,7 +23,7 @@ CROSS_CXX ?= aarch64-linux-gnu-g++
 
 help:
 	@echo "make demo      train an attention cluster on handwritten digits and compare with plain torch (minutes)"
-	@echo "make test      build and run the tests (about six minutes on two cores)"
+	@echo "make test      build and run the tests (about twelve minutes on two cores)"
 	@echo "make full      run every test, the long ones too, and compile every Triton configuration (an hour or more)"
 	@echo "make bench     measure against eager, torch.compile and scaled_dot_product_attention"
 	@echo "make aot       compile the Triton kernels for NVIDIA and AMD GPUs that need not be there (AOT_ARGS=--all: all)"
