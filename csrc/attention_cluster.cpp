@@ -5,8 +5,6 @@
 #include "attention_cluster.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,36 +15,12 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
-#include "guard.h"
+#include "tensors.h"
 
 namespace fastac {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-
-void parallel_for(int64_t n, void (*body)(void*, int64_t, int64_t), void* context) {
-  if (n == 1) return body(context, 0, 1);
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return fastac::allocate(sizes.begin(), int64_t(sizes.size()), dtype);
-}
-Tensor allocate_like(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return fastac::allocate(sizes.data(), int64_t(sizes.size()), t.scalar_type());
-}
-
-// The pointer of an empty tensor may be null, which memset does not accept.
-void clear(const Tensor& t) {
-  if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0, size_t(t.numel()) * t.element_size());
-}
-
-Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
 
 // Small parameters reach the kernels contiguous and in the accumulator type.
 Optional parameter(const Optional& t, ScalarType acc) {
@@ -58,34 +32,13 @@ const void* data(const Optional& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
 
-DType storage(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "x must be float64, float32, bfloat16 or float16");
-      return DType::kFloat32;
-  }
-}
-
-void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  bool same = t.dim() == int64_t(sizes.size());
-  int64_t i = 0;
-  for (int64_t size : sizes) same = same && t.size(i++) == size;
-  STD_TORCH_CHECK(same && t.is_cpu(), "fastac: ", name, " must be a CPU tensor of another shape");
-}
-
 // One call: the tensors the kernels read, kept alive, and the problem that points into them.
 class Call {
  public:
   Call(const Tensor& x, const Optional& weight, const Optional& scores, const Optional& position_bias,
        const Optional& alpha, const Optional& beta, const Optional& lengths, const Optional& mask,
        const Optional& offsets, double eps)
-      : packed_(offsets.has_value()),
-        dtype_(x.scalar_type()),
-        acc_(dtype_ == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
+      : packed_(offsets.has_value()), dtype_(x.scalar_type()), acc_(accumulator(dtype_)) {
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == (packed_ ? 2 : 3),
                     "fastac: x must be a CPU tensor (B, L, M), or (T, M) with offsets");
     STD_TORCH_CHECK(!(weight && scores), "fastac: at most one of weight and scores may be given");
@@ -232,10 +185,6 @@ class Call {
   std::vector<int64_t> index_, position_;
 };
 
-Tensor empty_output(ScalarType dtype) {
-  return torch::stable::empty({0}, dtype);
-}
-
 // The max_length argument of the operators goes unused here: the lengths themselves are at hand.
 using MaxLength = std::optional<int64_t>;
 
@@ -279,10 +228,6 @@ Tensor zeros(const Tensor& like, ScalarType acc) {
   Tensor t = fastac::allocate(sizes.data(), int64_t(sizes.size()), acc);
   clear(t);
   return t;
-}
-
-Tensor cast(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -91,10 +91,16 @@ struct BackwardArguments {
 // Calls body(context, begin, end) over a partition of [0, n) on the thread pool of the host library.
 using ParallelFor = void (*)(int64_t n, void (*body)(void*, int64_t, int64_t), void* context);
 
+struct SoftmaxWeightProblem;  // softmax_weight.h
+struct SoftmaxWeightForward;
+struct SoftmaxWeightBackward;
+
 struct CpuKernels {
   const char* name;
   void (*forward)(const Problem&, const ForwardOutputs&, ParallelFor);
   void (*backward)(const Problem&, const BackwardArguments&, ParallelFor);
+  void (*softmax_weight_forward)(const SoftmaxWeightProblem&, const SoftmaxWeightForward&, ParallelFor);
+  void (*softmax_weight_backward)(const SoftmaxWeightProblem&, const SoftmaxWeightBackward&, ParallelFor);
 };
 
 }  // namespace fastac

@@ -5,7 +5,7 @@ from ._version import __version__
 from .AttentionCluster import AttentionCluster
 from .backends import backend
 from .explain import explain
-from .functional import attention_cluster, attention_pool
+from .functional import attention_cluster, attention_pool, softmax_weight
 
 __all__ = [
     "AttentionCluster",
@@ -17,4 +17,5 @@ __all__ = [
     "functional",
     "ops",
     "reference",
+    "softmax_weight",
 ]

@@ -220,6 +220,10 @@ AUTOMATIC: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda", "triton", "reference"),
 }
 
+# Backends that lack an operator; what is not named here every backend has.
+LACKING: dict[str, tuple[str, ...]] = {"softmax_weight": ("cuda",)}
+_CLUSTER = "attention_cluster"
+
 # The backend in force, None for the automatic choice. Set by FASTAC_BACKEND and by `backend`.
 current: str | None = os.environ.get("FASTAC_BACKEND") or None
 
@@ -249,49 +253,55 @@ def backend(name: str) -> Iterator[None]:
         current = previous
 
 
-def why_not(name: str, x: Tensor) -> str | None:
+def why_not(name: str, x: Tensor, operator: str = _CLUSTER) -> str | None:
     """Why a backend cannot run a call on x; None if it can."""
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
-    return PREDICATES[_known(name)](x)
+    predicate = PREDICATES[_known(name)]
+    if name in LACKING.get(operator, ()):
+        return f"the {name} backend has no {operator}"
+    return predicate(x)
 
 
-def passed_over(name: str, x: Tensor) -> str | None:
+def passed_over(name: str, x: Tensor, operator: str = _CLUSTER) -> str | None:
     """Why an automatic choice leaves a backend out: it cannot run the call on x, must be asked for by name,
     or another one is preferred.
     """
-    reason = why_not(name, x)
+    reason = why_not(name, x, operator)
     if reason is not None or name not in ("cuda", "triton"):
         return reason
-    return (_cuda_by_name(x) if name == "cuda" else _triton_by_name(x)) or _slower(name, x)
+    by_name = _cuda_by_name(x) if name == "cuda" else _triton_by_name(x)
+    return by_name or (None if operator in LACKING else _slower(name, x))
 
 
-def choose(x: Tensor, name: str | None = None) -> str:
+def choose(x: Tensor, name: str | None = None, operator: str = _CLUSTER) -> str:
     """The backend that runs a call on x: the named one, else the one in force, else the automatic choice.
 
     Raises: ValueError for an unknown name, or a named backend that cannot run the call.
     """
     name = current if name is None else name
     if name is not None:
-        reason = why_not(name, x)
+        reason = why_not(name, x, operator)
         if reason is not None:
             raise ValueError(f"backend {name!r} cannot run this call: {reason}")
         return name
     for candidate in AUTOMATIC.get(x.device.type, ("reference",)):
-        if passed_over(candidate, x) is None:
+        if passed_over(candidate, x, operator) is None:
             if not is_compiling():
-                _log(candidate, x)
+                _log(candidate, x, operator)
             return candidate
     raise AssertionError("the reference runs every call")
 
 
-def _log(chosen: str, x: Tensor) -> None:
-    key = (chosen, x.device.type, str(x.dtype))
+def _log(chosen: str, x: Tensor, operator: str) -> None:
+    place = f"{x.device.type}, {x.dtype}"
+    if operator != _CLUSTER:
+        place = f"{operator}, {place}"
+    key = (chosen, x.device.type, place)
     if key in _logged:
         return
     _logged.add(key)
-    place = f"{key[1]}, {key[2]}"
-    reasons = {n: passed_over(n, x) for n in PREDICATES if n != chosen}
+    reasons = {n: passed_over(n, x, operator) for n in PREDICATES if n != chosen}
     if chosen != "reference":
         logger.info("backend %s for %s", chosen, place)
     elif x.device.type in AUTOMATIC:

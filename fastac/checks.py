@@ -290,3 +290,22 @@ def check_call(
     if offsets is not None:
         offsets = _check_offsets(offsets, x, position_bias, max_length)
     return lengths, offsets
+
+
+def check_softmax_weight(x: Tensor, scores: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """Check every argument of `softmax_weight`; the errors are those of the module docstring.
+
+    Returns: lengths as int64.
+    Raises: TypeError for a wrong type, dtype or layout; ValueError for anything else.
+    """
+    is_tensor("x", x)
+    if x.is_nested or x.layout != torch.strided:
+        raise TypeError(f"x must be a dense strided tensor, got layout {x.layout}")
+    if x.dim() != 3:
+        raise ValueError(f"x must have shape (B, L, M), got {_shape(x)}")
+    check_x(x, packed=False)
+    _companion("scores", scores, x)
+    if scores.shape != x.shape:
+        raise ValueError(f"scores must have the shape of x, (B, L, M) = {_shape(x)}, got {_shape(scores)}")
+    _same_dtype("scores", scores, x.dtype)
+    return None if lengths is None else _check_lengths(lengths, x)

@@ -1,4 +1,4 @@
-"""`attention_cluster` and `attention_pool`: check the arguments, pick a backend, call its operator."""
+"""The public functions: check the arguments, pick a backend, call its operator."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _native, backends, checks, ops, reference
+from . import _native, backends, checks, ops, reference, softmax_weight_ops
 
 _cpu_inference = ops.operator("cpu", "inference")
 _cpu_function: Any = ops.fast_function("cpu")
+_cpu_softmax_weight = softmax_weight_ops.operator("cpu")
+_cpu_softmax_weight_function: Any = softmax_weight_ops.fast_function("cpu")
 
 
 class Dense(NamedTuple):
@@ -215,3 +217,81 @@ def attention_pool(
     """
     checks.is_tensor("scores", scores)
     return _run(x, None, scores, None, alpha, beta, lengths, mask, offsets, max_length, eps, backend)
+
+
+def _is_plain_weighting(x: Tensor, scores: Tensor) -> bool:
+    """A cheap sufficient test that a call without lengths is right and runs on the CPU kernels."""
+    if type(x) is not Tensor or type(scores) is not Tensor:
+        return False
+    try:
+        shape, dtype = x.shape, x.dtype
+        return (
+            len(shape) == 3
+            and shape == scores.shape
+            and shape[2] > 0
+            and dtype in checks.FLOATS
+            and (scores.dtype is dtype or scores.dtype is torch.float32)
+            and x.is_cpu
+            and scores.is_cpu
+            and x.layout is torch.strided is scores.layout
+        )
+    except RuntimeError:  # one without sizes, such as a nested one
+        return False
+
+
+def softmax_weight(
+    x: Tensor, scores: Tensor, *, lengths: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Features weighted by a softmax over the positions of their set, one softmax per feature.
+
+        a = softmax over L of scores        y = x a
+
+    The attention block of You & Korhonen, *Attention Boosted Deep Networks for Video Classification*, ICIP
+    2020: their weights have the shape of the features, and nothing is summed over the positions here.
+
+    Whatever stands in an excluded position, NaN and Inf included, has no influence; y and all gradients are 0
+    there. The same holds for a score of -inf. Where no position of a feature takes part its y is 0.
+
+    Args:
+        x: local features, (B, L, M), any strides. float16, bfloat16 (both computed in float32), float32 or
+            float64. B and L may be 0.
+        scores: (B, L, M), any strides, x.dtype or float32. Under autocast a float32 x goes with scores of the
+            half types too, which are brought to float32.
+        lengths: (B,) integer: the first lengths[b] positions of set b are valid.
+        backend: "cpu", "triton" or "reference"; None for the one in force, or the best that can.
+
+    Returns: y, (B, L, M), x.dtype.
+    Raises: TypeError for a wrong type, dtype or layout; ValueError for a wrong shape, value, device, or a
+        backend that cannot run the call, as "cuda" cannot.
+    """
+    y: Tensor
+    if (
+        not is_compiling()
+        and lengths is None
+        and backend is None
+        and backends.current is None
+        and _native.available
+        and not backends.transforming()
+        and _is_plain_weighting(x, scores)
+    ):
+        if _needs_grad(x, scores):
+            y = _cpu_softmax_weight_function.apply(x, scores)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                y, _ = _cpu_softmax_weight(x, scores, None)
+        return y
+    checks.is_tensor("x", x)
+    if (
+        isinstance(scores, Tensor)
+        and x.dtype == torch.float32
+        and scores.dtype in (torch.float16, torch.bfloat16)
+        and checks.autocasts(x)
+    ):
+        scores = scores.to(torch.float32)
+    lengths = checks.check_softmax_weight(x, scores, lengths)
+    stem = backends.choose(x, backend, "softmax_weight")
+    if stem == "reference":
+        with checks.no_autocast(x):
+            return reference.weight_by_softmax(x, scores, lengths)
+    y, _ = softmax_weight_ops.operator(stem)(x, scores, lengths)
+    return y

@@ -246,6 +246,24 @@ def forward(
     return Forward(z.to(x.dtype), lse, norm, weights)
 
 
+def weight_by_softmax(x: Tensor, scores: Tensor, lengths: Tensor | None) -> Tensor:
+    """`softmax_weight` on checked arguments: y = x a, a = softmax over L of scores, per set and feature.
+
+    x and scores (B, L, M), lengths (B,) int64 or None -> (B, L, M), x.dtype.
+    """
+    acc = accumulation_dtype(x.dtype)
+    scores = scores.to(acc)
+    valid = valid_positions(x.size(1), lengths, None)
+    taking_part = scores != _MINUS_INF
+    if valid is not None:
+        taking_part = taking_part & valid.unsqueeze(-1)
+    weights, _ = masked_softmax(scores.transpose(1, 2), valid)  # a softmax over L for every feature
+    # Zeros on both sides of the product: neither a value there nor its gradient is touched by the other.
+    features = torch.where(taking_part, x.to(acc), 0)
+    y = torch.where(taking_part, features * weights.transpose(1, 2), 0)
+    return y.to(x.dtype)
+
+
 def attention_cluster(
     x: Tensor,
     weight: Tensor | None,
@@ -289,3 +307,12 @@ def attention_pool(
         x, scores, alpha, beta, lengths=lengths, mask=mask, offsets=offsets, max_length=max_length, eps=eps,
         backend=checks.only_reference(backend),
     )  # fmt: skip
+
+
+def softmax_weight(
+    x: Tensor, scores: Tensor, *, lengths: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """`fastac.softmax_weight` in plain torch: same arguments, same errors, same result."""
+    from . import functional
+
+    return functional.softmax_weight(x, scores, lengths=lengths, backend=checks.only_reference(backend))

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .aot_jobs import LIMIT, TARGETS, Job, of_target
+from .aot_jobs import LIMIT, SOFTMAX_WEIGHT_LIMIT, TARGETS, Job, of_target
 
 # Compiling
 
@@ -99,8 +99,7 @@ def compile_job(job: Job, name: str) -> Row:
     said: list[str] = []
     began = time.perf_counter()
     try:
-        module = "reduce" if job.kernel == "backward_reduce" else job.kernel.split("_")[0]
-        kernel = getattr(importlib.import_module(f"{__package__}.{module}"), job.kernel)
+        kernel = getattr(importlib.import_module(f"{__package__}.{_module(job.kernel)}"), job.kernel)
         gpu = GPUTarget(target.backend, target.arch, target.warp_size)
         backend = make_backend(gpu)
         places = {parameter: i for i, (parameter, _) in enumerate(job.signature)}
@@ -120,6 +119,13 @@ def compile_job(job: Job, name: str) -> Row:
         row.error = _explain(error, "".join(said))
     row.seconds = time.perf_counter() - began
     return row
+
+
+def _module(kernel: str) -> str:
+    """Where a kernel is."""
+    if kernel.startswith("softmax_weight_"):
+        return "softmax_weight"
+    return "reduce" if kernel == "backward_reduce" else kernel.split("_")[0]
 
 
 def _explain(error: BaseException, said: str) -> str:
@@ -281,7 +287,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--all",
         action="store_true",
-        help=f"every configuration and those that FASTAC_AUTOTUNE=1 tries; else at most {LIMIT} per target",
+        help="every configuration and those that FASTAC_AUTOTUNE=1 tries; "
+        f"else at most {LIMIT + SOFTMAX_WEIGHT_LIMIT} per target",
     )
     parser.add_argument(
         "--target", action="append", choices=list(TARGETS), help="only this target (repeatable)"

@@ -23,9 +23,11 @@ from . import plan
 
 SPECIAL = ("strided", "odd-M", "64-bit strides", "mixed")  # flags that are no constants of a kernel
 LIMIT = 40  # configurations of a target that are compiled without --all
+SOFTMAX_WEIGHT_LIMIT = 20  # and those of softmax_weight beside them
 
+SOFTMAX_WEIGHT = ("softmax_weight_forward", "softmax_weight_backward")
 # They multiply no tiles, so they hold no matrix instruction, and their tiles are not among the planned ones.
-WITHOUT_DOT = ("forward_combine", "backward_sums")
+WITHOUT_DOT = ("forward_combine", "backward_sums", *SOFTMAX_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,54 @@ def class_calls() -> Iterator[Call]:
         yield Call(2, 1 << 22, 1024, 8, dtype, "scores")
 
 
+@dataclass(frozen=True)
+class SoftmaxWeightCall:
+    """Operands of a forward and a backward pass of softmax_weight."""
+
+    batch: int  # B
+    length: int  # L
+    features: int  # M
+    dtype: torch.dtype
+    layout: str = "padded"  # or lengths
+    needs: int = 3  # bits of the backward's operator
+    mixed: bool = False  # the scores are float32 whatever x is
+    strided: bool = False  # x, scores and dy are transposed
+
+
+# B, L, M and layout of the shapes in benchmarks/softmax_weight.py; tests/test_aot.py compares the two.
+SOFTMAX_WEIGHT_WORKLOADS = (
+    (64, 25, 50, "padded"),
+    (128, 25, 512, "padded"),
+    (16, 30, 25088, "padded"),
+    (4, 10, 100352, "padded"),
+    (64, 300, 1024, "lengths"),
+)
+SOFTMAX_WEIGHT_LENGTHS = (1, 7, 16, 64, 128, 256, 512, 513, 100_000)
+
+
+def softmax_weight_workloads() -> Iterator[SoftmaxWeightCall]:
+    """The calls of the benchmark."""
+    for (batch, length, features, layout), dtype in itertools.product(SOFTMAX_WEIGHT_WORKLOADS, DTYPES):
+        yield SoftmaxWeightCall(batch, length, features, dtype, layout)
+
+
+def softmax_weight_classes() -> Iterator[SoftmaxWeightCall]:
+    """Every size class with the plain flags; every combination of flags, for one block per set and more."""
+    for dtype, length in itertools.product(DTYPES, (25, 1000)):
+        sizes = (256, length, 1024)
+        for layout, needs in itertools.product(("padded", "lengths"), (1, 2, 3)):
+            yield SoftmaxWeightCall(*sizes, dtype, layout, needs)
+        yield SoftmaxWeightCall(*sizes, dtype, strided=True)
+        if dtype != torch.float32:
+            yield SoftmaxWeightCall(*sizes, dtype, mixed=True)
+    for dtype, length, batch in itertools.product(DTYPES, SOFTMAX_WEIGHT_LENGTHS, (1, 256)):
+        yield SoftmaxWeightCall(batch, length, 1024, dtype)
+    for dtype, features, length in itertools.product(DTYPES, FEATURES, (25, 1000, 100_000)):
+        yield SoftmaxWeightCall(64, length, features, dtype)
+    for dtype in DTYPES:  # strides beyond 32 bits
+        yield SoftmaxWeightCall(2, 1 << 22, 1024, dtype)
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
@@ -191,8 +241,11 @@ def recording(backend: str, gpu: str = "") -> Iterator[list[tuple[Any, dict[str,
         yield found
 
 
-def perform(call: Call) -> None:
+def perform(call: Call | SoftmaxWeightCall) -> None:
     """Make the call on the meta device."""
+    if isinstance(call, SoftmaxWeightCall):
+        _perform_softmax_weight(call)
+        return
     from . import launch
 
     def empty(*shape: int, dtype: torch.dtype = call.dtype) -> Tensor:
@@ -225,6 +278,24 @@ def perform(call: Call) -> None:
     y, stats, saved = launch.forward(*operands, call.kept, longest)
     needs = 0b111110 if call.frozen else 0b111111
     launch.backward(dy, *operands, y, stats, saved, needs, longest)
+
+
+def _perform_softmax_weight(call: SoftmaxWeightCall) -> None:
+    from . import softmax_weight
+
+    def empty(dtype: torch.dtype) -> Tensor:
+        if call.strided:
+            shape = (call.batch, call.features, call.length)
+            return torch.empty(shape, dtype=dtype, device="meta").transpose(1, 2)
+        return torch.empty((call.batch, call.length, call.features), dtype=dtype, device="meta")
+
+    x, dy = empty(call.dtype), empty(call.dtype)
+    scores = empty(torch.float32 if call.mixed else call.dtype)
+    lengths = None
+    if call.layout == "lengths":
+        lengths = torch.empty(call.batch, dtype=torch.int64, device="meta")
+    _, stats = softmax_weight.forward(x, scores, lengths)
+    softmax_weight.backward(dy, x, scores, lengths, stats, call.needs)
 
 
 # Jobs
@@ -266,7 +337,7 @@ class Job:
     @property
     def configuration(self) -> tuple[Any, ...]:
         """Kernel, form, dtype, tiles, warps and stages, whatever the flags."""
-        form = tuple(self.constant(name) for name in ("SPLIT", "GRAM", "FIRST", "SECOND"))
+        form = tuple(self.constant(name) for name in ("SPLIT", "GRAM", "FIRST", "SECOND", "ONE_BLOCK"))
         return self.kernel, form, self.dtype, tuple(self.tile.items()), self.warps, self.stages
 
     @property
@@ -295,7 +366,7 @@ class Job:
             elif name == "PRECISION" and value != "ieee":
                 found.append(value)
         types, aligned = dict(self.signature), {name for name, _ in self.attributes}
-        if types.get("x_m", "constexpr") != "constexpr" or types.get("dy_m", "constexpr") != "constexpr":
+        if any(types.get(name, "constexpr") != "constexpr" for name in ("x_m", "dy_m")):
             found.append("strided")
         if types["M"] != "constexpr" and "M" not in aligned:
             found.append("odd-M")
@@ -383,20 +454,26 @@ def jobs(target: Target, neighbours: bool) -> list[Job]:
 def _jobs(backend: str, names: tuple[str, ...], neighbours: bool) -> tuple[Job, ...]:
     found: dict[Job, None] = {}
     near: dict[Job, None] = {}
-    of_calls = [("workload", c) for c in workload_calls()] + [("class", c) for c in class_calls()]
+    of_calls: list[tuple[str, Call | SoftmaxWeightCall]] = [
+        *(("workload", c) for c in workload_calls()),
+        *(("workload", c) for c in softmax_weight_workloads()),
+        *(("class", c) for c in class_calls()),
+        *(("class", c) for c in softmax_weight_classes()),
+    ]
     precision = torch.get_float32_matmul_precision()
     for gpu in ("", *names):
         with recording(backend, gpu) as launches:
             for origin, call in of_calls:
                 launches.clear()
-                torch.set_float32_matmul_precision("high" if call.relaxed else "highest")
+                relaxed = isinstance(call, Call) and call.relaxed
+                torch.set_float32_matmul_precision("high" if relaxed else "highest")
                 try:
                     perform(call)
                 finally:
                     torch.set_float32_matmul_precision(precision)
                 for kernel, arguments, warps, stages in launches:
                     found.setdefault(job(kernel, arguments, warps, stages, origin))
-                    if neighbours and call == call.plain():
+                    if neighbours and isinstance(call, Call) and call == call.plain():
                         for other in _neighbours(kernel, arguments, warps, stages):
                             near.setdefault(other)
     return (*found, *(j for j in near if j not in found))
@@ -458,6 +535,8 @@ def select(found: Sequence[Job], limit: int = LIMIT) -> list[Job]:
         size = "half" if j.dtype in ("bfloat16", "float16") else j.dtype
         shown: Facets = {(j.kernel, size, *item): 1 for item in j.tile.items()}
         shown |= {(j.kernel, size, flag): 1 for flag in j.flags}
+        if j.kernel in SOFTMAX_WEIGHT:
+            shown |= {(j.kernel, flag): 10 for flag in j.flags if flag in SPECIAL}
         # With any dtype: every value of every constant, the flags' False too.
         constants = [(k, v) for k, v in j.constants if k.isupper() and not k.startswith("BLOCK_")]
         shown |= {(j.kernel, *item): 50 for item in constants if item[0] not in ("ACC", "EPS")}
@@ -494,5 +573,8 @@ def thin(found: Sequence[Job]) -> list[Job]:
 def of_target(target: Target, everything: bool) -> list[Job]:
     """What is compiled for the target; AMD GPUs get no neighbours."""
     if not everything:
-        return select(jobs(target, neighbours=False))
+        every = jobs(target, neighbours=False)
+        cluster = [j for j in every if j.kernel not in SOFTMAX_WEIGHT]
+        rest = [j for j in every if j.kernel in SOFTMAX_WEIGHT]
+        return select(cluster) + select(rest, SOFTMAX_WEIGHT_LIMIT)
     return thin(jobs(target, neighbours=target.backend == "cuda"))

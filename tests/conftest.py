@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import interpreter
@@ -14,6 +15,10 @@ import torch
 from tested_backends import BACKENDS, CUDA, ISA_NAMES, KERNELS, NATIVE, PORTABLE, TRITON, Backend
 
 from fastac import _native, backends
+
+if TYPE_CHECKING:
+    from fastac.data import Digits
+    from fastac.experiments.flash_mnist import Prepared
 
 hypothesis.settings.register_profile(
     "ci",
@@ -149,3 +154,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    """Scikit-learn's digits, scaled to the size of MNIST's."""
+    from fastac.data import load_digits28
+
+    return load_digits28()
+
+
+@pytest.fixture(scope="session")
+def small(digits: Digits) -> Prepared:
+    """A small Flash-MNIST that passes for the paper's; see `flash_mnist_data`."""
+    from flash_mnist_data import make_small
+
+    return make_small(digits)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.xdist_group("aot")  # what is built once is shared
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {"forward_blocks", "forward_combine", "backward_blocks", "backward_sums", "backward_reduce"}
+SOFTMAX_WEIGHT = {"softmax_weight_forward", "softmax_weight_backward"}
 DTYPES = {"bfloat16", "float16", "float32", "float64"}
 
 compiles = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
@@ -81,6 +82,14 @@ def test_workloads_are_those_of_the_benchmarks(monkeypatch: pytest.MonkeyPatch) 
     assert expected == aot_jobs.WORKLOADS
 
 
+def test_workloads_of_softmax_weight_are_those_of_its_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.softmax_weight import SHAPES
+
+    expected = [(s.batch, s.length, s.in_features, "lengths" if s.ragged else "padded") for s in SHAPES]
+    assert expected == list(aot_jobs.SOFTMAX_WEIGHT_WORKLOADS)
+
+
 def test_calls_cover_the_flags_and_the_size_classes() -> None:
     calls = [*aot_jobs.workload_calls(), *aot_jobs.class_calls()]
     for dtype in aot_jobs.DTYPES:
@@ -98,7 +107,8 @@ def test_calls_cover_the_flags_and_the_size_classes() -> None:
 @compiles
 def test_selection(listed: list[dict[str, Any]]) -> None:
     """At most 40 per target, the same for one maker's GPUs; each kernel, dtype and form is among them."""
-    of = {name: [r for r in listed if r["target"] == name] for name in TARGETS}
+    of = {n: [r for r in listed if r["target"] == n and r["kernel"] in KERNELS] for n in TARGETS}
+    assert sum(map(len, of.values())) + sum(r["kernel"] in SOFTMAX_WEIGHT for r in listed) == len(listed)
     for name, rows in of.items():
         assert 0 < len(rows) <= 40
         # backward_sums sees numbers of the accumulation type only.
@@ -122,6 +132,29 @@ def test_selection(listed: list[dict[str, Any]]) -> None:
         assert strip == [{k: v for k, v in r.items() if k not in ("target", "failures")} for r in same]
     first = of["sm_90"][0]
     assert (first["kernel"], first["dtype"]) == ("forward_blocks", "bfloat16")
+
+
+@compiles
+def test_selection_of_softmax_weight(listed: list[dict[str, Any]]) -> None:
+    """Beside the cluster's: both kernels in every dtype, form and flag; the same for every target."""
+    of = {n: [r for r in listed if r["target"] == n and r["kernel"] in SOFTMAX_WEIGHT] for n in TARGETS}
+    for rows in of.values():
+        assert 0 < len(rows) <= 20
+        assert {(r["kernel"], r["dtype"]) for r in rows} == {(k, d) for k in SOFTMAX_WEIGHT for d in DTYPES}
+        for kernel in SOFTMAX_WEIGHT:
+            mine = [r for r in rows if r["kernel"] == kernel]
+            flags = {flag for r in mine for flag in r["flags"]}
+            assert flags >= {"padded", "lengths", "one_block", *aot_jobs.SPECIAL}
+            assert any("one_block" not in r["flags"] for r in mine)
+        needs = {
+            ("need_x" in r["flags"], "need_scores" in r["flags"])
+            for r in rows
+            if r["kernel"] == "softmax_weight_backward"
+        }
+        assert needs == {(True, True), (True, False), (False, True)}
+        assert all(r["default"] for r in rows)
+        strip = [{k: v for k, v in r.items() if k not in ("target", "failures")} for r in rows]
+        assert strip == [{k: v for k, v in r.items() if k not in ("target", "failures")} for r in of["sm_80"]]
 
 
 @compiles
@@ -272,6 +305,27 @@ def test_matrix_instruction_in_a_real_binary(tmp_path: Path) -> None:
     assert broken["failures"] == [f"does not compile: {broken['error']}"]
 
 
+@compiles
+def test_softmax_weight_in_a_real_binary(tmp_path: Path) -> None:
+    """Both passes with transposed operands, as a layer over time gives them, for a GPU of either maker."""
+    code = (
+        "import json\n"
+        "from fastac.kernels import aot, aot_jobs as a\n"
+        "found = [(j, t) for t in ('sm_90', 'gfx942') for j in a.of_target(a.TARGETS[t], False)\n"
+        "         if j.kernel in a.SOFTMAX_WEIGHT and 'strided' in j.flags]\n"
+        "print(json.dumps([aot.compile_job(*f).record() for f in found]))\n"
+    )
+    done = run("-c", code, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {(r["target"], r["kernel"]) for r in rows} == {
+        (t, k) for t in ("sm_90", "gfx942") for k in SOFTMAX_WEIGHT
+    }
+    for r in rows:
+        assert r["error"] == "" and r["failures"] == []
+        assert 16 <= r["registers"] <= 255 and r["matrix_instructions"] == {}
+
+
 def test_count_sass() -> None:
     row = aot.Row("sm_100", make_job())
     aot.count_sass(
@@ -326,6 +380,8 @@ def test_failures(changes: dict[str, Any], why: str) -> None:
         {"matrix": {}, "job": make_job(pointer="*fp32")},
         {"matrix": {}, "job": make_job("forward_combine")},
         {"matrix": {}, "job": make_job("backward_sums")},
+        {"matrix": {}, "job": make_job("softmax_weight_forward")},
+        {"matrix": {}, "job": make_job("softmax_weight_backward")},
         {"matrix": {}, "job": make_job("backward_reduce")},  # without the weight's gradient
         {"matrix": {}, "job": make_job("backward_blocks", FIRST=False, NEED_X=False)},
         {"target": "gfx942", "spills": 2, "matrix": {}},

@@ -13,7 +13,7 @@ import torch
 
 from fastac import _native, backends
 from fastac.cli import demo, main
-from fastac.data import Digits, FeatureArray, FlashMNIST, NoiseSampler, NoisyDigits, load_digits28
+from fastac.data import Digits, FeatureArray, FlashMNIST, NoiseSampler, NoisyDigits
 from fastac.experiments import speed
 from fastac.experiments.flash_mnist import MODALITY, class_names
 from fastac.experiments.table1 import make_model
@@ -44,11 +44,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    return load_digits28()
 
 
 @pytest.fixture(scope="module")

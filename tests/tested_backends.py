@@ -135,12 +135,11 @@ GUARD = 64
 @contextlib.contextmanager
 def _guarded_triton() -> Iterator[None]:
     """Fill what the Triton backend allocates with NaN, within guard bands that must stay as they are."""
-    from fastac.kernels import launch
+    from fastac.kernels import launch, softmax_weight
 
     bands: list[Tensor] = []
 
-    def empty(call: launch.Call, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or call.acc
+    def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         numel = math.prod(shape)
         whole = torch.empty(numel + 2 * GUARD, dtype=dtype).fill_(
             float("nan") if dtype.is_floating_point else -7
@@ -148,13 +147,21 @@ def _guarded_triton() -> Iterator[None]:
         bands.extend((whole[:GUARD], whole[GUARD + numel :]))
         return whole[GUARD : GUARD + numel].view(shape)
 
+    def empty(call: launch.Call, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return guarded(shape, dtype or call.acc)
+
+    def empty_like(x: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
+        return guarded(shape, dtype)
+
     original, launch.Call.empty = launch.Call.empty, empty  # type: ignore[method-assign]
+    other, softmax_weight.empty = softmax_weight.empty, empty_like
     try:
         yield
         damaged = sum(int((b != -7).sum() if b.dtype == torch.int32 else (~b.isnan()).sum()) for b in bands)
         assert damaged == 0, f"{damaged} elements outside the outputs were written"
     finally:
         launch.Call.empty = original  # type: ignore[method-assign]
+        softmax_weight.empty = other
 
 
 def _native_backends() -> list[Backend]:

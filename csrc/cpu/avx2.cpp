@@ -17,7 +17,8 @@ namespace fastac {
 #define FASTAC_DOT_TILE 3
 #include "kernels.h"
 
-const CpuKernels cpu::kAvx2Kernels = {"avx2", run_forward, run_backward};
+const CpuKernels cpu::kAvx2Kernels = {"avx2", run_forward, run_backward, run_softmax_weight_forward,
+                                      run_softmax_weight_backward};
 
 }  // namespace fastac
 #endif

@@ -18,7 +18,8 @@ namespace fastac {
 #define FASTAC_DOT_TILE 5
 #include "kernels.h"
 
-const CpuKernels cpu::kAvx512Kernels = {"avx512", run_forward, run_backward};
+const CpuKernels cpu::kAvx512Kernels = {"avx512", run_forward, run_backward, run_softmax_weight_forward,
+                                        run_softmax_weight_backward};
 
 }  // namespace fastac
 #endif

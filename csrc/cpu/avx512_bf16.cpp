@@ -21,7 +21,8 @@ namespace fastac {
 #define FASTAC_DOT_TILE 5
 #include "kernels.h"
 
-const CpuKernels cpu::kAvx512Bf16Kernels = {"avx512_bf16", run_forward, run_backward};
+const CpuKernels cpu::kAvx512Bf16Kernels = {"avx512_bf16", run_forward, run_backward,
+                                            run_softmax_weight_forward, run_softmax_weight_backward};
 
 }  // namespace fastac
 #endif

@@ -9,6 +9,7 @@ namespace fastac {
 #define FASTAC_DOT_TILE 3
 #include "kernels.h"
 
-const CpuKernels cpu::kBaselineKernels = {"baseline", run_forward, run_backward};
+const CpuKernels cpu::kBaselineKernels = {"baseline", run_forward, run_backward, run_softmax_weight_forward,
+                                          run_softmax_weight_backward};
 
 }  // namespace fastac

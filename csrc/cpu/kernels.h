@@ -14,6 +14,9 @@ namespace {
 #include "softmax.h"
 #include "forward.h"
 #include "backward.h"
+#include "softmax_weight.h"
+#include "softmax_weight_forward.h"
+#include "softmax_weight_backward.h"
 
 template <typename F>
 inline void with_storage(DType dtype, F&& f) {
@@ -31,6 +34,32 @@ void run_forward(const Problem& problem, const ForwardOutputs& out, ParallelFor 
 
 void run_backward(const Problem& problem, const BackwardArguments& args, ParallelFor parallel_for) {
   with_storage(problem.dtype, [&](auto t) { Backward<decltype(t)>(problem, args, parallel_for).run(); });
+}
+
+// Calls f with the storage types of x and of the scores.
+template <typename F>
+inline void with_both_storages(const SoftmaxWeightProblem& problem, F&& f) {
+  const bool same = problem.scores_dtype == problem.dtype;
+  switch (problem.dtype) {
+    case DType::kFloat64: return f(double{}, double{});
+    case DType::kFloat32: return f(float{}, float{});
+    case DType::kBFloat16: return same ? f(BFloat16{}, BFloat16{}) : f(BFloat16{}, float{});
+    case DType::kFloat16: return same ? f(Float16{}, Float16{}) : f(Float16{}, float{});
+  }
+}
+
+void run_softmax_weight_forward(const SoftmaxWeightProblem& problem, const SoftmaxWeightForward& out,
+                                ParallelFor parallel_for) {
+  with_both_storages(problem, [&](auto t, auto s) {
+    SoftmaxWeightForwardKernel<decltype(t), decltype(s)>(problem, out).run(parallel_for);
+  });
+}
+
+void run_softmax_weight_backward(const SoftmaxWeightProblem& problem, const SoftmaxWeightBackward& args,
+                                 ParallelFor parallel_for) {
+  with_both_storages(problem, [&](auto t, auto s) {
+    SoftmaxWeightBackwardKernel<decltype(t), decltype(s)>(problem, args).run(parallel_for);
+  });
 }
 
 }  // namespace

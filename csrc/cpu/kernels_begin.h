@@ -14,6 +14,8 @@
 #endif
 
 #include "../attention_cluster.h"
+#include "../softmax_weight.h"
 #include "isa.h"
 #include "memory.h"
 #include "plan.h"
+#include "softmax_weight_plan.h"

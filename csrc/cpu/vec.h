@@ -223,8 +223,13 @@ inline Vec<float> square_root<float>(Vec<float> x) {
 #endif
 
 // e^x by Cody-Waite reduction and a Taylor polynomial; 0 below -87 (double: -708), NaN stays NaN.
-inline Vec<float> exponential(Vec<float> x) {
+inline __attribute__((always_inline)) Vec<float> exponential(Vec<float> x) {
+#if FASTAC_VECTOR_BYTES == 64
+  // The second operand is what comes out of a comparison with NaN.
+  Vec<float> clamped = (Vec<float>)_mm512_maskz_max_ps(0xffff, (__m512)broadcast(-88.0f), (__m512)x);
+#else
   Vec<float> clamped = x < -88.0f ? broadcast(-88.0f) : x;
+#endif
   Vec<float> shifted = clamped * 1.44269504f + 0x1.8p23f;
   Vec<float> n = shifted - 0x1.8p23f;
   Vec<float> r = clamped - n * 0.693359375f;
@@ -237,15 +242,20 @@ inline Vec<float> exponential(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if FASTAC_VECTOR_BYTES == 64
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)broadcast(-87.0f), _CMP_NLT_UQ);
+  return (Vec<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
   VecI32 exponent = __builtin_convertvector(n, VecI32) + 127;
   Vec<float> result = p * (Vec<float>)(exponent << 23);
   result = x < -87.0f ? Vec<float>{} : result;
   return x != x ? x : result;
+#endif
 }
 
 typedef int64_t VecI64 __attribute__((vector_size(FASTAC_VECTOR_BYTES)));
 
-inline Vec<double> exponential(Vec<double> x) {
+inline __attribute__((always_inline)) Vec<double> exponential(Vec<double> x) {
   Vec<double> clamped = x < -709.0 ? broadcast(-709.0) : x;
   Vec<double> shifted = clamped * 1.4426950408889634 + 0x1.8p52;
   Vec<double> n = shifted - 0x1.8p52;

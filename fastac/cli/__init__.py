@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": "name the classes of videos",
     "show": "draw what a classifier's attention units look at",
     "flash-mnist": "the paper's experiment on digits in noise, one cell of its Table 1 or all",
+    "compare": "attention cluster, bi-LSTM, pyramid and poolings on Flash-MNIST, in one table",
     "demo": "a small Flash-MNIST in a few minutes, beside plain torch",
     "info": "versions, backends, limits, environment variables",
 }

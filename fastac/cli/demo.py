@@ -10,7 +10,7 @@ import torch
 
 from fastac.data.mnist import cache_dir
 from fastac.experiments import speed, table1
-from fastac.experiments.flash_mnist import Recipe, draw_test_video, prepare
+from fastac.experiments.flash_mnist import Recipe, authors_training, draw_test_video, prepare
 from fastac.training import Trainer
 
 from . import common
@@ -88,7 +88,7 @@ def _demo(recipe: Recipe, data: str, *, epochs: int, output: Path, use_cache: bo
 
     torch.manual_seed(recipe.seed)
     model = table1.make_model("fc1", CLUSTER_SIZE, shift=True, num_classes=prepared.train.num_classes)
-    config = table1.training_config(table1.Cell("fc1", True, CLUSTER_SIZE, recipe.seed, epochs))
+    config = authors_training(epochs, recipe.seed)
     initial = type(model).from_config(model.config)
     initial.load_state_dict(model.state_dict())
     parameters = sum(parameter.numel() for parameter in model.parameters())

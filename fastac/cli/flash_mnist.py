@@ -15,7 +15,13 @@ from fastac import figures
 from fastac.data import DigestMismatchError, Digits, load_digits28, load_mnist
 from fastac.experiments import results as result_files
 from fastac.experiments import speed, table1
-from fastac.experiments.flash_mnist import Prepared, Recipe, draw_test_video, prepare
+from fastac.experiments.flash_mnist import (
+    Prepared,
+    Recipe,
+    authors_training,
+    draw_test_video,
+    prepare,
+)
 from fastac.training.run import CHECKPOINTS, RunError, load_run
 
 from . import common
@@ -270,8 +276,8 @@ def _cell(device: torch.device, options: dict[str, Any]) -> int:
     recipe = _recipe(options)
     cell = table1.Cell(weighting, shift, size, options["seed"], epochs, recipe.cnn_epochs)
     prepared = _prepared(options, recipe, cell)
-    with table1.alone(output) as alone:
-        if not alone:
+    with result_files.alone(output) as is_alone:
+        if not is_alone:
             raise RunError(f"{output}: another process is at it")
         rows = table1.train_cell(cell, prepared, output, device=device)
     accuracy = 100 * float(rows[-1]["validation_accuracy"])
@@ -366,7 +372,7 @@ def _speed(device: torch.device, options: dict[str, Any]) -> int:
     recipe = _recipe(options)
     prepared = _prepared(options, recipe)
     size, seed = options["cluster_size"], options["seed"]
-    config = table1.training_config(table1.Cell("fc1", True, size, seed, 1, recipe.cnn_epochs))
+    config = authors_training(1, seed)
     torch.manual_seed(seed)
     model = table1.make_model("fc1", size, shift=True, num_classes=prepared.train.num_classes)
     comparison = speed.compare(model, prepared.train, config, device=device)

@@ -83,8 +83,10 @@ def draw_videos(
         device: where the model is.
 
     Raises:
-        RunError: a video of ``numbers``, or every one, has no usable features.
+        RunError: a video of ``numbers``, or every one, has no usable features; the model has no attention.
     """
+    if not run.model.has_attention:
+        raise RunError(f"{run.directory}: its model has no attention weights to draw")
     drawn = []
     for number in numbers or range(len(data)):
         video = data[number]

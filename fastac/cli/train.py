@@ -11,7 +11,7 @@ import torch
 
 from fastac import figures
 from fastac.data.feature_sets import FeatureSetDataset
-from fastac.models import AttentionClusterClassifier
+from fastac.models import VideoClassifier
 from fastac.training import Trainer, checkpoint, distributed, evaluate
 from fastac.training.run import (
     CHECKPOINTS,
@@ -71,6 +71,8 @@ def command(
 ) -> None:
     """Train a classifier on features on disk, evaluate it and draw what it looks at.
 
+    The classifier is that of the attention clusters unless model.system says otherwise.
+
     \b
     fastac train data.features=features data.labels=labels.csv \\
         --output runs/first
@@ -90,6 +92,7 @@ def command(
     training.epochs=30                    passes over the training set
     model.cluster.cluster_size=64         attention units per modality
     model.clusters.audio.cluster_size=32  those of one modality
+    model.system=attention-boosted-lstm   another system; --print-config has all
     data.train_features=20                local features drawn per video
     data.multi_label=true                 several labels a video: a;b
 
@@ -159,7 +162,7 @@ def _train(
 def _start(
     config: RunConfig,
     output: Path,
-    model: AttentionClusterClassifier,
+    model: VideoClassifier,
     train: FeatureSetDataset,
     validation: FeatureSetDataset | None,
     processes: distributed.Processes,
@@ -200,5 +203,8 @@ def _conclude(
         common.write_json(output / "evaluation.json", {"epoch": run.state["epoch"], **evaluation})
     metrics = pd.read_csv(output / "metrics.csv")
     figures.save(figures.training_curves(metrics), output / "curves.png")
-    draw_videos(run, data, [], output / "attention.png", device)
-    click.echo(f"the run is in {output}: look at curves.png and attention.png")
+    if run.model.has_attention:
+        draw_videos(run, data, [], output / "attention.png", device)
+        click.echo(f"the run is in {output}: look at curves.png and attention.png")
+    else:
+        click.echo(f"the run is in {output}: look at curves.png; its model has no attention weights to draw")

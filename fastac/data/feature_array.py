@@ -18,7 +18,8 @@ class FeatureArray(Dataset[Any]):
     """Videos whose sets all have the same length; a batch is one gather, without a copy per video.
 
     Args:
-        features: by modality, ``(V, L, M)`` float32. A ``numpy.memmap`` is read as batches ask for it.
+        features: by modality, ``(V, L, M)`` float32, or uint8 such as pixels, which batches have as float32.
+            A ``numpy.memmap`` is read as batches ask for it.
         labels: ``(V,)`` int64 in 0…C-1.
         class_names: the C names.
         names: the videos' names; their numbers unless given.
@@ -32,7 +33,7 @@ class FeatureArray(Dataset[Any]):
 
     def __init__(
         self,
-        features: Mapping[str, npt.NDArray[np.float32]],
+        features: Mapping[str, npt.NDArray[np.float32] | npt.NDArray[np.uint8]],
         labels: npt.NDArray[np.int64],
         class_names: Sequence[str],
         names: Sequence[str] | None = None,
@@ -51,8 +52,8 @@ class FeatureArray(Dataset[Any]):
                 raise ValueError(
                     f"features[{modality!r}] must have shape ({len(labels)}, L, M), got {array.shape}"
                 )
-            if array.dtype != np.float32:
-                raise TypeError(f"features[{modality!r}] must be float32, got {array.dtype}")
+            if array.dtype not in (np.float32, np.uint8):
+                raise TypeError(f"features[{modality!r}] must be float32 or uint8, got {array.dtype}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
             raise ValueError(f"labels must be in 0…{len(class_names) - 1}, got {labels.min()}…{labels.max()}")
         if names is not None and len(names) != len(labels):
@@ -81,7 +82,7 @@ class FeatureArray(Dataset[Any]):
     def __getitems__(self, numbers: Sequence[int]) -> FeatureBatch:
         index = np.asarray(numbers, dtype=np.int64)
         return FeatureBatch(
-            features={m: torch.from_numpy(np.take(a, index, axis=0)) for m, a in self._features.items()},
+            features={m: _rows(array, index) for m, array in self._features.items()},
             labels=self.labels[index],
             index=torch.from_numpy(index),
         )
@@ -118,6 +119,15 @@ class FeatureArray(Dataset[Any]):
             means[modality] = torch.from_numpy(total / max(1, array.shape[0] * array.shape[1])).float()
         return means
 
+    def mean_lengths(self) -> dict[str, float]:
+        """L of each modality."""
+        return {modality: float(array.shape[1]) for modality, array in self._features.items()}
+
     def class_counts(self) -> Tensor:
         """How many videos each class has, ``(C,)`` int64."""
         return torch.bincount(self.labels, minlength=self.num_classes)
+
+
+def _rows(array: npt.NDArray[Any], index: npt.NDArray[np.int64]) -> Tensor:
+    """Rows as float32."""
+    return torch.from_numpy(np.take(array, index, axis=0)).float()

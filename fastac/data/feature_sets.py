@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -484,6 +485,26 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         return {
             name: torch.from_numpy((total / n).astype(np.float32)) for name, (total, n) in self._sums.items()
         }
+
+    def mean_lengths(self) -> dict[str, float]:
+        """By modality, the mean number of features that are taken from a set, sampling included.
+
+        Reads headers; entries that are absent or broken do not count. NaN for a modality that no video has.
+        """
+        counts: dict[str, list[int]] = {name: [] for name in self.modalities}
+        generator = np.random.default_rng(0)
+        for video in self.names:
+            with suppress(EntryError), self.storage.open(video) as opened:
+                for name in self.modalities.keys() & set(opened.modalities):
+                    with suppress(EntryError):
+                        length, m = opened.shape(name)
+                        if m == self.modalities[name]:
+                            rule = self._sampling[name]
+                            counts[name].append(
+                                length if rule is None else len(rule.indices(length, generator))
+                            )
+        self.storage.close()
+        return {name: float(np.mean(c)) if c else math.nan for name, c in counts.items()}
 
     def class_counts(self) -> Tensor:
         """The number of videos with each label, ``(C,)`` int64. Raises: ValueError without labels."""

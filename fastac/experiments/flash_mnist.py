@@ -22,8 +22,10 @@ from fastac import figures
 from fastac.data import Digits, FeatureArray, FlashMNIST, NoiseSampler, NoisyDigits
 from fastac.data.flash_mnist import NOISE
 from fastac.data.mnist import cache_dir
-from fastac.models import AttentionClusterClassifier, FrameCNN
+from fastac.models import FrameCNN, VideoClassifier
+from fastac.models.base import class_scores
 from fastac.models.frame_cnn import FEATURES, extract_features, frame_accuracy, pretrain
+from fastac.training import OptimizerConfig, TrainingConfig
 from fastac.training.log import Progress
 
 logger = logging.getLogger("fastac")
@@ -88,6 +90,7 @@ class Prepared:
         frame_accuracy: the share of single test frames the CNN names rightly.
         digits: the name of the digits, "mnist" or "digits".
         recipe: what was asked for.
+        cnn: what made the features, in eval mode and frozen.
     """
 
     train_videos: FlashMNIST
@@ -97,6 +100,7 @@ class Prepared:
     frame_accuracy: float
     digits: str
     recipe: Recipe
+    cnn: FrameCNN
 
     @property
     def as_the_authors(self) -> bool:
@@ -157,25 +161,39 @@ def prepare(
         frame_accuracy=correct,
         digits=digits.name,
         recipe=recipe,
+        cnn=cnn,
+    )
+
+
+def authors_training(epochs: int, seed: int) -> TrainingConfig:
+    """The authors' settings: Adam with 1e-3, batches of 64, no schedule, no clipping, no weights."""
+    return TrainingConfig(
+        epochs=epochs,
+        batch_size=64,
+        optimizer=OptimizerConfig(name="adam", lr=1e-3),
+        clip_norm=None,
+        class_weights=False,
+        seed=seed,
+        tensorboard=False,
     )
 
 
 @torch.no_grad()
-def draw_test_video(model: AttentionClusterClassifier, prepared: Prepared, output: Path) -> Path:
+def draw_test_video(model: VideoClassifier, prepared: Prepared, output: Path) -> Path:
     """Figure 5 of the paper for a test video of five digits, a rightly labelled one if there is any.
 
     Args:
-        model: of these data; on the CPU or elsewhere, left in the mode it was in.
+        model: of these data, with attention; on the CPU or elsewhere, left in the mode it was in.
         prepared: the data.
         output: the picture.
     """
     was_training = model.training
     model.eval()
-    device = model.fc.weight.device
+    device = next(model.parameters()).device
     labels = prepared.test_videos.set_labels.tolist()
     of_five = [number for number, label in enumerate(labels) if bin(label).count("1") == 5]
     batch = prepared.test.__getitems__(of_five).to(device)
-    predicted = model(**batch.inputs()).argmax(-1).tolist()
+    predicted = class_scores(model(**batch.inputs())).argmax(-1).tolist()
     right = [i for i, p in zip(of_five, predicted, strict=True) if p == labels[i]]
     shown = right or of_five
     number = shown[len(shown) // 2]

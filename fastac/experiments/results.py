@@ -1,11 +1,12 @@
-"""Files of results: rows in CSV that several processes may add to, and what they were measured on."""
+"""Files of results: rows in CSV that several processes may add to, and what they were measured on; locks."""
 
 from __future__ import annotations
 
 import csv
 import fcntl
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastac import __version__
@@ -83,3 +84,16 @@ def cpu_model() -> str:
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[bool]:
+    """Whether this process is the only one at a run's folder; it is, if so, while the block runs."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

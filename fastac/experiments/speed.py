@@ -9,8 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from fastac import AttentionCluster, _native, backends
 from fastac.data import FeatureArray
 from fastac.models import AttentionClusterClassifier
+from fastac.models.base import HasScores
 from fastac.training import Trainer, TrainingConfig
-from fastac.training.log import Progress
+from fastac.training.log import Progress, quiet
 
 from .flash_mnist import MODALITY
 from .results import append, commit, cpu_model
@@ -145,8 +145,8 @@ class _Recording(AttentionClusterClassifier):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.recorded: list[Tensor] = []
 
-    def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
-        losses = super().losses(scores, labels)
+    def losses(self, output: Tensor | HasScores, labels: Tensor) -> Tensor:
+        losses = super().losses(output, labels)
         self.recorded.append(losses.detach())
         return losses
 
@@ -209,7 +209,7 @@ def compare(
         Trainer(model, data.head(count), None, config, device=device, show_progress=False) for model in models
     ]
     seconds: tuple[list[float], list[float]] = ([], [])
-    with _quiet(), Progress("comparing", 2 * rounds * steps, "steps") as progress:
+    with quiet(), Progress("comparing", 2 * rounds * steps, "steps") as progress:
         for round_ in range(1, rounds + 1):
             for which in _turn(round_):
                 trainers[which].config = config.model_copy(update={"epochs": round_})
@@ -256,17 +256,6 @@ def _cluster_times(
 
 def _turn(number: int) -> tuple[int, int]:
     return (0, 1) if number % 2 == 0 else (1, 0)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The engine's line per epoch is of no use for rounds."""
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def record(

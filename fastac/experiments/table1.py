@@ -7,13 +7,11 @@ the results when it is done. Several processes may work on one table: each takes
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ import torch
 
 from fastac.models import AttentionClusterClassifier, ClusterConfig
 from fastac.models.frame_cnn import FEATURES
-from fastac.training import Trainer, TrainingConfig
-from fastac.training.config import OptimizerConfig
+from fastac.training import Trainer
 from fastac.training.run import RunError, is_run, save_run, write_whole
 
-from .flash_mnist import MODALITY, Prepared, Recipe
-from .results import append, commit
+from .flash_mnist import MODALITY, Prepared, Recipe, authors_training
+from .results import alone, append, commit
 
 logger = logging.getLogger("fastac")
 
@@ -115,19 +112,6 @@ def cells(
     ]
 
 
-def training_config(cell: Cell) -> TrainingConfig:
-    """The authors' settings: Adam with 1e-3, batches of 64, no schedule, no clipping, no weights."""
-    return TrainingConfig(
-        epochs=cell.epochs,
-        batch_size=64,
-        optimizer=OptimizerConfig(name="adam", lr=1e-3),
-        clip_norm=None,
-        class_weights=False,
-        seed=cell.seed,
-        tensorboard=False,
-    )
-
-
 def make_model(
     weighting: str, cluster_size: int, *, shift: bool, num_classes: int
 ) -> AttentionClusterClassifier:
@@ -164,7 +148,12 @@ def train_cell(
     write_whole(directory / CELL, json.dumps(settings, indent=1) + "\n")
     save_run(directory, model, prepared.train.class_names, None)
     trainer = Trainer(
-        model, prepared.train, prepared.test, training_config(cell), directory=directory, device=device
+        model,
+        prepared.train,
+        prepared.test,
+        authors_training(cell.epochs, cell.seed),
+        directory=directory,
+        device=device,
     )
     if trainer.resume():
         logger.info("%s: resumes after epoch %d", cell.name, trainer.epoch)
@@ -385,16 +374,3 @@ def read_recipe(directory: Path) -> tuple[str, Recipe]:
         raise RunError(
             f"{directory} is not the folder of a run of fastac flash-mnist: {CELL}: {error}"
         ) from error
-
-
-@contextmanager
-def alone(directory: Path) -> Iterator[bool]:
-    """Whether this process is the only one at a run's folder; it is, if so, while the block runs."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True

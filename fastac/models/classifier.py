@@ -11,13 +11,12 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastac import AttentionCluster, checks
 
-_REDUCTIONS = ("mean", "sum", "none")
+from .base import VideoClassifier, checked_dropout, checked_keys, checked_switch
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         for name in ("shared_hidden", "shift"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {value!r}")
-
-
-def _checked_keys(what: str, given: Mapping[str, Any], known: list[str], needed: list[str]) -> None:
-    """ValueError for a key of ``given`` that is not known, or one that it needs and lacks."""
-    unknown = [repr(key) for key in given if key not in known]
-    if unknown:
-        raise ValueError(f"{what} has unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    missing = [key for key in needed if key not in given]
-    if missing:
-        raise ValueError(f"{what} must give {', '.join(missing)}, got {', '.join(given) or 'nothing'}")
+            checked_switch(name, getattr(self, name))
 
 
 def _cluster_config(modality: str, given: object) -> ClusterConfig:
@@ -62,7 +49,7 @@ def _cluster_config(modality: str, given: object) -> ClusterConfig:
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} must be a ClusterConfig or a mapping, got {type(given).__name__}")
     known = fields(ClusterConfig)
-    _checked_keys(what, given, [f.name for f in known], [f.name for f in known if f.default is MISSING])
+    checked_keys(what, given, [f.name for f in known], [f.name for f in known if f.default is MISSING])
     try:
         return ClusterConfig(**given)
     except TypeError as error:
@@ -91,7 +78,7 @@ def _bounded(x: Tensor, offsets: Tensor, max_length: int) -> Tensor:
     return nested
 
 
-class AttentionClusterClassifier(nn.Module):
+class AttentionClusterClassifier(VideoClassifier):
     """One attention cluster per modality, concatenation, dropout, one linear layer.
 
     Long et al., *Attention Clusters*, CVPR 2018, as they use it on real video (section 5).
@@ -129,25 +116,13 @@ class AttentionClusterClassifier(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, multi_label=multi_label)
         if not isinstance(modalities, Mapping):
             raise TypeError(
                 f"modalities must be a mapping from name to ClusterConfig, got {type(modalities).__name__}"
             )
         if not modalities:
             raise ValueError("modalities must have at least one entry, got none")
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"num_classes must be an int, got {type(num_classes).__name__}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be >= 1, got {num_classes}")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
-            raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if not isinstance(multi_label, bool):
-            raise TypeError(f"multi_label must be a bool, got {multi_label!r}")
-        self.num_classes = num_classes
-        self.multi_label = multi_label
         self.modalities: dict[str, ClusterConfig] = {}
         self.clusters = nn.ModuleDict()
         for name, given in modalities.items():
@@ -163,11 +138,16 @@ class AttentionClusterClassifier(nn.Module):
             self.register_buffer(f"mean_{name}", torch.zeros(config.in_features, device=device, dtype=dtype))
         known = torch.zeros(len(self.modalities), dtype=torch.bool, device=device)
         self.register_buffer("means_known", known)
-        self.dropout = nn.Dropout(float(dropout))
+        self.dropout = nn.Dropout(checked_dropout(dropout))
         entries = sum(c.cluster_size * c.in_features for c in self.modalities.values())
         self.fc = nn.Linear(entries, num_classes, device=device, dtype=dtype)
 
     # Configuration and state
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """The dimension M of each modality's features."""
+        return {name: config.in_features for name, config in self.modalities.items()}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -199,7 +179,7 @@ class AttentionClusterClassifier(nn.Module):
         if not isinstance(config, Mapping):
             raise TypeError(f"config must be a mapping, got {type(config).__name__}")
         known = ["modalities", "order", "num_classes", "dropout", "multi_label"]
-        _checked_keys("config", config, known, ["modalities", "num_classes"])
+        checked_keys("config", config, known, ["modalities", "num_classes"])
         arguments = dict(config)
         order = arguments.pop("order", None)
         modalities = arguments.pop("modalities")
@@ -223,7 +203,7 @@ class AttentionClusterClassifier(nn.Module):
         """
         if not isinstance(means, Mapping):
             raise TypeError(f"means must be a mapping from modality to Tensor, got {type(means).__name__}")
-        _checked_keys("means", means, list(self.modalities), [])
+        checked_keys("means", means, list(self.modalities), [])
         for name, mean in means.items():
             what = f"means[{name!r}]"
             checks.is_tensor(what, mean)
@@ -404,84 +384,3 @@ class AttentionClusterClassifier(nn.Module):
         """
         sets = self._sets(features, lengths, offsets, max_length)
         return {name: self._call(name, s, return_weights=True)[1] for name, s in sets.items()}
-
-    def losses(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """The loss of each video, (B,), in float32 (float64 for float64 scores).
-
-        Cross entropy; with ``multi_label`` the mean over the classes of the binary cross entropy with logits.
-
-        Args:
-            scores: (B, C).
-            labels: (B,) int64 in 0...C-1; with ``multi_label`` (B, C), any float or bool, 0 or 1 (or a
-                probability between).
-
-        Raises: TypeError, ValueError; values are checked on the CPU only.
-        """
-        self._check_scores(scores)
-        checks.is_tensor("labels", labels)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        shape = tuple(scores.shape) if self.multi_label else (scores.size(0),)
-        if tuple(labels.shape) != shape:
-            wanted = "(B, C)" if self.multi_label else "(B,)"
-            raise ValueError(f"labels must have shape {wanted} = {shape}, got {tuple(labels.shape)}")
-        if self.multi_label:
-            if not (labels.is_floating_point() or labels.dtype == torch.bool):
-                raise TypeError(f"labels must be a floating type or bool, got {labels.dtype}")
-            labels = labels.to(scores.dtype)
-            self._check_labels(labels, 1)
-            return F.binary_cross_entropy_with_logits(scores, labels, reduction="none").mean(1)
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
-        self._check_labels(labels, self.num_classes - 1)
-        return F.cross_entropy(scores, labels, reduction="none")
-
-    def loss(
-        self, scores: Tensor, labels: Tensor, weight: Tensor | None = None, reduction: str = "mean"
-    ) -> Tensor:
-        """``losses``, weighted and reduced.
-
-        Args:
-            scores, labels: as for ``losses``.
-            weight: (B,), one per video; the paper's is 1/S for a video of a class with S videos (5.4).
-            reduction: "mean", which divides by the sum of the weights as ``F.cross_entropy`` does; "sum"; or
-                "none".
-        """
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-        losses = self.losses(scores, labels)
-        if weight is not None:
-            checks.is_tensor("weight", weight)
-            if weight.shape != losses.shape:
-                shape = tuple(losses.shape)
-                raise ValueError(f"weight must have shape (B,) = {shape}, got {tuple(weight.shape)}")
-            losses = losses * weight.to(losses.dtype)
-        if reduction == "none":
-            return losses
-        if reduction == "sum":
-            return losses.sum()
-        return losses.mean() if weight is None else losses.sum() / weight.to(losses.dtype).sum()
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """Scores (B, C) as probabilities (B, C) in float32 (float64 for float64 scores).
-
-        They sum to 1 over the classes; with ``multi_label`` each class has its own.
-        """
-        self._check_scores(scores)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return scores.sigmoid() if self.multi_label else scores.softmax(1)
-
-    def _check_scores(self, scores: Tensor) -> None:
-        checks.is_tensor("scores", scores)
-        if scores.dim() != 2 or scores.size(1) != self.num_classes:
-            raise ValueError(
-                f"scores must have shape (B, C) with C = {self.num_classes}, got {tuple(scores.shape)}"
-            )
-        if not scores.is_floating_point():
-            raise TypeError(f"scores must be a floating type, got {scores.dtype}")
-
-    @staticmethod
-    def _check_labels(labels: Tensor, highest: int) -> None:
-        if labels.numel() and checks.readable(labels):
-            low, high = (v.item() for v in torch.aminmax(labels))
-            if not (low >= 0 and high <= highest):  # so that NaN is refused
-                raise ValueError(f"labels must lie in 0...{highest}, got values in {low}...{high}")

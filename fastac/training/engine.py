@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from fastac.data.batch import FeatureBatch
+from fastac.models.base import class_scores
 
 from . import checkpoint, distributed
 from .config import OptimizerConfig, TrainingConfig
@@ -104,7 +105,8 @@ class Trainer:
     0, which alone writes files.
 
     Args:
-        model: takes ``**batch.inputs()`` and has ``losses(scores, labels) -> (B,)``.
+        model: takes ``**batch.inputs()`` and has ``losses(output, labels) -> (B,)``; what it returns is the
+            scores (B, C), or has them as ``scores`` (`fastac.models.VideoClassifier`).
         train_data, validation_data: the data sets; without the latter nothing is evaluated and the last
             checkpoint counts as the best.
         config: how.
@@ -334,8 +336,8 @@ class Trainer:
             together = self._parallel.no_sync()
         with together:
             with _autocast(self.device, self.config.precision):
-                scores = self._parallel(**batch.inputs())
-                losses: Tensor = cast(Any, self.model).losses(scores, batch.labels)  # (B,)
+                output = self._parallel(**batch.inputs())
+                losses: Tensor = cast(Any, self.model).losses(output, batch.labels)  # (B,)
             if self._weights is not None:
                 losses = losses * self._weights[batch.labels]
             loss = losses.sum()
@@ -366,10 +368,10 @@ def evaluate(
     device = torch.device(device)
     metrics = make_metrics(data.num_classes, multi_label=data.multi_label).to(device)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch, scores in _scores(model, data, device, batch_size, workers, precision, show_progress):
+    for batch, output in _outputs(model, data, device, batch_size, workers, precision, show_progress):
         assert batch.labels is not None
-        total += cast(Any, model).losses(scores, batch.labels).sum()
-        update(metrics, scores, batch.labels, multi_label=data.multi_label)
+        total += cast(Any, model).losses(output, batch.labels).sum()
+        update(metrics, class_scores(output), batch.labels, multi_label=data.multi_label)
     if distributed.current().world_size > 1:
         dist.all_reduce(total)
     return {"loss": float(total) / len(data), **compute(metrics)}
@@ -391,12 +393,12 @@ def predict(
     what. The model is in eval mode until the iterator ends or is closed.
     """
     device = torch.device(device)
-    for batch, scores in _scores(model, data, device, batch_size, workers, precision, show_progress):
-        yield batch, cast(Any, model).probabilities(scores)
+    for batch, output in _outputs(model, data, device, batch_size, workers, precision, show_progress):
+        yield batch, cast(Any, model).probabilities(output)
 
 
 @torch.no_grad()
-def _scores(
+def _outputs(
     model: nn.Module,
     data: FeatureData,
     device: torch.device,
@@ -404,7 +406,7 @@ def _scores(
     workers: int,
     precision: str,
     show_progress: bool,
-) -> Iterator[tuple[FeatureBatch, Tensor]]:
+) -> Iterator[tuple[FeatureBatch, Any]]:
     processes = distributed.current()
     sampler = BatchSampler(
         len(data), batch_size, shuffle=False, rank=processes.rank, world_size=processes.world_size
@@ -418,8 +420,8 @@ def _scores(
             ):
                 moved = _moved(batch, device)
                 with _autocast(device, precision):
-                    scores = model(**moved.inputs())
-                yield moved, scores
+                    output = model(**moved.inputs())
+                yield moved, output
                 progress.advance(size)
     finally:
         model.train(was_training)

@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,14 @@ class Progress:
         if self._show and not self._terminal and time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
             logger.info("%s: %s of %s %s", self._label, f"{self._done:,}", f"{self._total:,}", self._unit)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the engine's line per epoch, where epochs are rounds of a measurement."""
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -22,15 +22,15 @@ import torch
 from fastac.data.feature_sets import FeatureSetDataset
 from fastac.data.problems import write_problems
 from fastac.data.sampling import EqualIntervals, RandomSampling, Sampling
-from fastac.models import AttentionClusterClassifier, ClusterConfig
+from fastac.models import VideoClassifier
 
 from . import checkpoint
 from .config import TrainingConfig
 from .engine import MAY_CHANGE
-from .run_config import AttentionClusterSettings, ConfigError, RunConfig, dump, load
+from .run_config import ConfigError, RunConfig, dump, load
+from .systems import MODELS, system_of
 
 CONFIG, MODEL, PROBLEMS, CHECKPOINTS = "config.yaml", "model.json", "problems.csv", "checkpoints"
-SYSTEM = "attention-cluster"
 
 
 class RunError(RuntimeError):
@@ -50,7 +50,7 @@ class Run:
     """
 
     directory: Path
-    model: AttentionClusterClassifier
+    model: VideoClassifier
     class_names: list[str]
     config: RunConfig | None
     state: dict[str, Any]
@@ -58,7 +58,7 @@ class Run:
     @property
     def modalities(self) -> dict[str, int]:
         """The dimension M of each modality."""
-        return {name: cluster.in_features for name, cluster in self.model.modalities.items()}
+        return self.model.dimensions
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -71,37 +71,14 @@ class Run:
         }
 
 
-def make_model(
-    settings: AttentionClusterSettings, modalities: Mapping[str, int], num_classes: int, *, multi_label: bool
-) -> AttentionClusterClassifier:
-    """The model that the settings describe, for modalities with these dimensions.
+def initial_model(config: RunConfig, train: FeatureSetDataset) -> VideoClassifier:
+    """The untrained model of a configuration, drawn from its seed.
 
     Raises:
-        ValueError: settings for a modality that the data lack.
+        ValueError: data that the system cannot take.
     """
-    unknown = sorted(set(settings.clusters) - set(modalities))
-    if unknown:
-        raise ValueError(
-            f"model.clusters must be of the data's modalities {', '.join(modalities)}, "
-            f"got {', '.join(unknown)}"
-        )
-    clusters = {
-        name: ClusterConfig(
-            in_features=dimension, **settings.clusters.get(name, settings.cluster).model_dump()
-        )
-        for name, dimension in modalities.items()
-    }
-    return AttentionClusterClassifier(
-        clusters, num_classes, dropout=settings.dropout, multi_label=multi_label
-    )
-
-
-def initial_model(config: RunConfig, train: FeatureSetDataset) -> AttentionClusterClassifier:
-    """The untrained model of a configuration, drawn from its seed, with the training set's mean features."""
     torch.manual_seed(config.training.seed)
-    model = make_model(config.model, train.modalities, train.num_classes, multi_label=train.multi_label)
-    model.set_means(train.mean_features())
-    return model
+    return config.model.build(train)
 
 
 def open_data(config: RunConfig) -> tuple[FeatureSetDataset, FeatureSetDataset | None]:
@@ -180,13 +157,13 @@ def open_like_training(
 
 
 def save_run(
-    directory: Path, model: AttentionClusterClassifier, class_names: list[str], config: RunConfig | None
+    directory: Path, model: VideoClassifier, class_names: list[str], config: RunConfig | None
 ) -> None:
     """Writes config.yaml and model.json, by which `load_run` makes the model again."""
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
         write_whole(directory / CONFIG, dump(config))
-    description = {"system": SYSTEM, "class_names": class_names, "model": model.config}
+    description = {"system": system_of(model), "class_names": class_names, "model": model.config}
     write_whole(directory / MODEL, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -230,7 +207,7 @@ def check_settings(directory: Path, config: RunConfig) -> None:
         raise RunError(f"{directory} was trained with other settings: {', '.join(fatal)}")
 
 
-def check_model(directory: Path, model: AttentionClusterClassifier, class_names: list[str]) -> None:
+def check_model(directory: Path, model: VideoClassifier, class_names: list[str]) -> None:
     """Whether the run in a folder has the same model and classes, which the data decide, too.
 
     Raises:
@@ -268,7 +245,7 @@ def load_run(directory: str | os.PathLike[str], which: str = checkpoint.BEST) ->
     directory = Path(directory)
     description = _read_description(directory)
     try:
-        model = AttentionClusterClassifier.from_config(description["model"])
+        model = MODELS[description["system"]].from_config(description["model"])
     except (TypeError, ValueError) as error:
         raise RunError(f"{directory / MODEL} describes no model: {error}") from error
     names = description["class_names"]
@@ -301,9 +278,9 @@ def _read_description(directory: Path) -> dict[str, Any]:
         raise RunError(f"{directory} must be the folder of a run, it has no {MODEL}") from error
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
-    if not isinstance(description, dict) or description.get("system") != SYSTEM:
-        found = description.get("system") if isinstance(description, dict) else description
-        raise RunError(f"{path} must describe the system {SYSTEM}, got {found!r}")
+    found = description.get("system") if isinstance(description, dict) else description
+    if not isinstance(description, dict) or not isinstance(found, str) or found not in MODELS:
+        raise RunError(f"{path} must describe one of the systems {', '.join(MODELS)}, got {found!r}")
     names = description.get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RunError(f"{path} must have class_names, a list of names, got {names!r}")

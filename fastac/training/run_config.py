@@ -11,15 +11,14 @@ import textwrap
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .config import Integer, Number, Settings, Switch, TrainingConfig
-
-PositiveInt = Annotated[Integer, Field(ge=1)]
+from .config import Settings, Switch, TrainingConfig
+from .systems import MODELS, AttentionClusterSettings, PositiveInt, System
 
 WIDTH, COMMENT_COLUMN = 80, 33
 """Of the template: where its lines end and where the comments begin."""
@@ -37,6 +36,8 @@ _WORDS = {
 
 LONGEST = 80
 """Characters of a value in a message."""
+
+DEFAULT_SYSTEM = "attention-cluster"
 
 
 class ConfigError(ValueError):
@@ -86,39 +87,11 @@ class DataConfig(Settings):
         return path.resolve() if ".." in path.parts else path
 
 
-class ClusterSettings(Settings):
-    """The attention cluster of a modality (`fastac.AttentionCluster`)."""
-
-    cluster_size: PositiveInt = Field(default=32, description="N, the number of attention units")
-    weighting: Literal["fc1", "fc2", "gated", "average"] = Field(
-        default="fc1", description="weighting function"
-    )
-    hidden_features: PositiveInt | None = Field(
-        default=None, description="H of fc2 and gated; null: the weighting's own default"
-    )
-    shared_hidden: Switch = Field(default=False, description="fc2: one hidden layer for all units")
-    position_bias: PositiveInt | None = Field(
-        default=None, description="learn one score per position up to this many; null: none"
-    )
-    shift: Switch = Field(default=True, description="the shifting operation (paper Eq. 7)")
-
-
-class AttentionClusterSettings(Settings):
-    """`fastac.models.AttentionClusterClassifier`."""
-
-    system: Literal["attention-cluster"] = Field(default="attention-cluster", description="which system")
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(default=0.9, description="before the last layer")
-    cluster: ClusterSettings = Field(default=ClusterSettings(), description="the cluster of every modality")
-    clusters: dict[str, ClusterSettings] = Field(
-        default={}, description="other settings for single modalities, by name"
-    )
-
-
 class RunConfig(Settings):
     """All settings of `fastac train`."""
 
     data: DataConfig
-    model: AttentionClusterSettings = AttentionClusterSettings()
+    model: Annotated[System, Field(discriminator="system")] = AttentionClusterSettings()
     training: TrainingConfig = TrainingConfig()
 
 
@@ -151,6 +124,9 @@ def validate(content: Mapping[str, Any]) -> RunConfig:
         ConfigError: everything that is wrong with it.
     """
     content = _without_empty({"data": {}, **content}, RunConfig)  # with data: so that what it needs is named
+    model = content.get("model")
+    if isinstance(model, Mapping) and "system" not in model:
+        content["model"] = {"system": DEFAULT_SYSTEM, **model}
     try:
         return RunConfig.model_validate(content)
     except ValidationError as error:
@@ -234,17 +210,11 @@ def _replace(content: dict[str, Any], override: str) -> None:
 def _is_text(parts: list[str]) -> bool:
     """Whether a setting is a path or a text, which may be null."""
     above, name = parts[:-1], parts[-1]
-    model: Any = RunConfig
+    models: list[type[BaseModel]] = [RunConfig]
     for part in above:
-        model = (
-            model.model_fields[part].annotation
-            if _is_settings(model) and part in model.model_fields
-            else None
-        )
-    if not _is_settings(model) or name not in model.model_fields:
-        return False
-    annotation = model.model_fields[name].annotation
-    return bool({Path, str} & {annotation, *get_args(annotation)})
+        models = [m for model in models for m in _members(_annotation(model, part))]
+    annotations = [_annotation(model, name) for model in models]
+    return any({Path, str} & {annotation, *get_args(annotation)} for annotation in annotations)
 
 
 def _text_value(text: str) -> str | None:
@@ -256,40 +226,50 @@ def _text_value(text: str) -> str | None:
     return value if value is None or isinstance(value, str) else text
 
 
-def _without_empty(content: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """The content with an empty mapping for a section that has nothing below it."""
+def _without_empty(content: Mapping[str, Any], *models: type[BaseModel]) -> dict[str, Any]:
+    """The content with an empty mapping for a section that has nothing below it.
+
+    Args:
+        content: of a section.
+        models: what it may be.
+    """
     result = dict(content)
-    for name, field in model.model_fields.items():
-        is_section = _is_settings(field.annotation)
-        if name not in result or not (is_section or get_origin(field.annotation) is dict):
+    for name, value in content.items():
+        annotations = [_annotation(model, name) for model in models]
+        sections = [m for annotation in annotations for m in _members(annotation)]
+        if not sections and not any(get_origin(annotation) is dict for annotation in annotations):
             continue
-        if result[name] is None:
+        if value is None:
             result[name] = {}
-        elif is_section and isinstance(result[name], Mapping):
-            result[name] = _without_empty(result[name], cast(type[BaseModel], field.annotation))
+        elif sections and isinstance(value, Mapping):
+            result[name] = _without_empty(value, *sections)
     return result
 
 
 def _describe(problem: Mapping[str, Any], content: Mapping[str, Any]) -> tuple[str, str, str]:
     """What pydantic found: the setting's name, what it must be, and ", got ..."."""
     kind = problem["type"]
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        got = content["model"].get("system")
+        return "model.system", f"must be one of {', '.join(MODELS)}", f", got {_shown(got)}"
     location = _names(problem["loc"], content, added=kind in ("missing", "extra_forbidden"))
     name = ".".join(location) or "the configuration"
     if kind == "missing":
         return name, "is needed and not given", ""
     if kind == "extra_forbidden":
-        return name, f"is unknown; known are {', '.join(_fields_at(location[:-1]))}", ""
+        return name, f"is unknown; known are {', '.join(_fields_at(location[:-1], content))}", ""
     message = problem["msg"]
-    if kind in ("model_type", "dict_type"):
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "must be a mapping"
     elif kind == "path_type":
         message = "must be a path"
     elif kind == "invalid_key":
         message = "must have text as its name"
-    for start in ("Input should ", "Input "):
+    for start in ("Input should ", "Input ", "List should "):
         if message.startswith(start):
             message = "must " + message.removeprefix(start)
             break
+    message = message.partition(" after validation")[0]
     for ours, theirs in _WORDS.items():
         message = message.replace(theirs, ours)
     return name, message, f", got {_shown(problem['input'])}"
@@ -326,12 +306,16 @@ def _names(location: Iterable[int | str], content: Any, *, added: bool) -> list[
     return names
 
 
-def _fields_at(location: Iterable[str]) -> list[str]:
+def _fields_at(location: Iterable[str], content: Mapping[str, Any]) -> list[str]:
     """The names of the settings below a place in the configuration."""
     model: Any = RunConfig
     for part in location:
+        inner = content.get(part)
+        content = inner if isinstance(inner, Mapping) else {}
         if _is_settings(model) and part in model.model_fields:
             model = model.model_fields[part].annotation
+            if get_origin(model) in (Union, types.UnionType):
+                model = _chosen(_members(model), content.get("system", DEFAULT_SYSTEM))
         else:  # the name of a modality
             model = next((a for a in get_args(model) if _is_settings(a)), model)
     return list(model.model_fields) if _is_settings(model) else []
@@ -341,24 +325,48 @@ def _is_settings(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _commented(model: type[BaseModel], depth: int = 0) -> Iterator[str]:
+def _annotation(model: type[BaseModel], name: str) -> Any:
+    """The type of a setting, None if the model has no such."""
+    field = model.model_fields.get(name)
+    return None if field is None else field.annotation
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a setting may be: one, one of several, or none."""
+    if _is_settings(annotation):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [member for member in get_args(annotation) if _is_settings(member)]
+    return []
+
+
+def _chosen(members: Iterable[type[BaseModel]], system: object) -> type[BaseModel] | None:
+    """The section of a system."""
+    return next((m for m in members if m.model_fields["system"].default == system), None)
+
+
+def _commented(model: type[BaseModel], depth: int = 0, width: int = WIDTH) -> Iterator[str]:
     for name, field in model.model_fields.items():
         start = "  " * depth + f"{name}:"
-        comment = (field.description or "") + (" (needed)" if field.is_required() else "")
-        if _is_settings(field.annotation):
-            yield from _beside(start, comment)
-            yield from _commented(cast(type[BaseModel], field.annotation), depth + 1)
+        comment = " ".join(filter(None, (field.description, "(needed)" if field.is_required() else None)))
+        sections = _members(field.annotation)
+        if sections:
+            yield from _beside(start, comment, width)
+            yield from _commented(sections[0], depth + 1, width)
+            for other in sections[1:]:
+                yield f"# or {name}:"
+                yield from (f"# {line}" for line in _commented(other, depth + 1, width - 2))
             continue
         choices = _choices(field.annotation)
         if len(choices) > 1:
             comment += f" ({' | '.join(choices)})"
         value = f"<{name}>" if field.is_required() else _plain(field.get_default())
-        yield from _beside(f"{start} {value}", comment)
+        yield from _beside(f"{start} {value}", comment, width)
 
 
-def _beside(text: str, comment: str) -> Iterator[str]:
+def _beside(text: str, comment: str, width: int) -> Iterator[str]:
     """The text with a comment in a column of its own."""
-    lines = textwrap.wrap(comment, WIDTH - COMMENT_COLUMN - 2, break_on_hyphens=False) or [""]
+    lines = textwrap.wrap(comment, width - COMMENT_COLUMN - 2, break_on_hyphens=False) or [""]
     for line in lines:
         yield f"{text:{COMMENT_COLUMN - 1}} # {line}".rstrip(" #")
         text = ""
