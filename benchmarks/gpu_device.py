@@ -164,14 +164,11 @@ def describe(backend: str, commit: str | None) -> dict[str, object]:
 
     Args:
         backend: the backend measured as ours.
-        commit: commit of the sources; None asks git.
+        commit: commit of the sources; None asks git, or is the version where there is none.
     """
     properties = torch.cuda.get_device_properties(0)
     if commit is None:
-        try:
-            commit = machine.commit()
-        except OSError:  # no git
-            commit = "unknown"
+        commit = machine.commit()
     now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     return {
         "date": now,

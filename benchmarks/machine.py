@@ -11,11 +11,12 @@ import datetime
 import os
 import platform
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from fastac.provenance import commit, cpu_model
 
 # Above every peak: a trim at the threshold would return the whole free top of the heap.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(64 << 30), "MALLOC_TRIM_THRESHOLD_": str(64 << 30)}
@@ -60,22 +61,6 @@ def keeps_freed_memory(megabytes: int = 64) -> bool:
     for _ in range(4):
         torch.empty(megabytes << 18).fill_(1)
     return page_faults() - before < megabytes  # fresh blocks cost twice as many even in 2 MB pages
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Commit of the working tree, "-dirty" with changes; "unknown" outside a repository."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return found.stdout.strip() or "unknown"
 
 
 def isa() -> str:

@@ -80,12 +80,13 @@ def weights_under_frames(
     return figure
 
 
-def attention_maps(videos: Sequence[tuple[str, Mapping[str, FloatArray]]]) -> Figure:
+def attention_maps(videos: Sequence[tuple[str, Mapping[str, FloatArray]]], *, rows: str = "unit") -> Figure:
     """The weights of the most concentrated units of each modality, one row of panels per video.
 
     Args:
         videos: name (with what was recognised, for instance) and by modality the weights ``(N, L)``; L = 0
             where the video lacks the modality.
+        rows: what a row of the weights is, in a word.
     """
     modalities = list(videos[0][1])
     figure = Figure(
@@ -105,7 +106,7 @@ def attention_maps(videos: Sequence[tuple[str, Mapping[str, FloatArray]]]) -> Fi
             image = axis.imshow(
                 weights[units], cmap=hsv_colours(), vmin=0, vmax=1, aspect="auto", interpolation="nearest"
             )
-            axis.set_yticks(range(len(units)), [f"unit {unit}" for unit in units], fontsize=7)
+            axis.set_yticks(range(len(units)), [f"{rows} {unit}" for unit in units], fontsize=7)
             axis.set_xlabel("local feature", fontsize=8)
             axis.tick_params(length=0, labelsize=7)
     if image is not None:

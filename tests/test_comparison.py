@@ -11,6 +11,7 @@ import pytest
 import torch
 from flash_mnist_data import LENGTH, SETS, rows_of, watched
 
+from fastac import provenance
 from fastac.cli import compare as command_module
 from fastac.cli import main
 from fastac.data import Digits
@@ -101,7 +102,7 @@ def test_systems_are_trained_once_and_the_table_has_a_row_each(data: Data, tmp_p
         assert row["parameters"] == str(parameters)
         assert float(row["step_ms"]) == pytest.approx(1e3 * seconds[name], abs=0.006)
         assert (row["epochs"], row["train_videos"], row["digits"]) == ("2", str(6 * SETS), "mnist")
-        assert row["commit"] == row["timed_commit"] == results.commit()
+        assert row["commit"] == row["timed_commit"] == provenance.commit()
     text = comparison.as_text(table)
     assert "attention cluster" in text
     assert f"{int(rows[0]['parameters']):,}" in text

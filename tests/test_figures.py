@@ -160,6 +160,9 @@ def test_attention_maps_have_a_row_per_video_and_a_column_per_modality(tmp_path:
         (8, 7),
     ]
     assert [text.get_text() for text in panels[3].texts] == ["no features"]
+    assert panels[0].get_yticklabels()[0].get_text().startswith("unit ")
+    other = figures.attention_maps(videos, rows="feature").axes[0]
+    assert other.get_yticklabels()[0].get_text().startswith("feature ")
     check_drawn(figure, tmp_path / "attention.png")
 
 

@@ -126,11 +126,19 @@ def test_the_operators_of_triton_exist_without_it() -> None:
 def test_public_names() -> None:
     for name in fastac.__all__:
         assert getattr(fastac, name) is not None
-    for name in ("AttentionCluster", "attention_cluster", "attention_pool", "backend", "explain"):
+    for name in (
+        "AttentionCluster",
+        "attention_cluster",
+        "attention_pool",
+        "softmax_weight",
+        "backend",
+        "explain",
+    ):
         assert callable(getattr(fastac, name)), name
         assert getattr(fastac, name).__doc__, name
     assert callable(fastac.reference.attention_cluster)
     assert callable(fastac.reference.attention_pool)
+    assert callable(fastac.reference.softmax_weight)
 
 
 def test_explain_stays_the_function_after_its_module_is_imported() -> None:
@@ -140,6 +148,6 @@ def test_explain_stays_the_function_after_its_module_is_imported() -> None:
 def test_reference_has_the_same_signatures() -> None:
     import inspect
 
-    for name in ("attention_cluster", "attention_pool"):
+    for name in ("attention_cluster", "attention_pool", "softmax_weight"):
         ours, oracle = getattr(fastac, name), getattr(fastac.reference, name)
         assert inspect.signature(ours) == inspect.signature(oracle)

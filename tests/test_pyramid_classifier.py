@@ -494,7 +494,7 @@ def test_autocast() -> None:
         ({"pixel_std": 0.0}, ValueError, "pixel_std must be > 0, got 0.0"),
         ({"pixel_std": "1"}, TypeError, "pixel_std must be a number, got str"),
         ({"multi_label": 1}, TypeError, "multi_label must be a bool, got 1"),
-        ({"modality": "my frames"}, ValueError, "modality must be an identifier, got 'my frames'"),
+        ({"modality": ""}, ValueError, "modality must be the name of the features, got ''"),
         ({"modality": 3}, TypeError, "modality must be a str, got int"),
         ({"num_classes": 0}, ValueError, "num_classes must be >= 1, got 0"),
     ],

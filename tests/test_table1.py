@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -310,41 +309,6 @@ def test_rows_are_added_once(tmp_path: Path) -> None:
     assert path.read_text() == "a,b,c\n1,True,x\n2,True,x\n1,True,x\n"
     with pytest.raises(RunError, match="must have the columns a,c, got a,b,c"):
         results.append(path, ("a", "c"), [{"a": 1, "c": 2}])
-
-
-def test_the_commit_of_the_checkout_or_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"ls-files": "", "status": "", "rev-parse": "0123456789ab"}
-
-    def git(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        answer = answers[command[3]]
-        if answer == "error":
-            raise subprocess.CalledProcessError(1, command)
-        return subprocess.CompletedProcess(command, 0, stdout=answer)
-
-    monkeypatch.setattr(subprocess, "run", git)
-    assert results.commit() == "0123456789ab"
-    answers["status"] = " M fastac/modules.py"
-    assert results.commit() == "0123456789ab-dirty"
-    answers["ls-files"] = "error"  # installed below somebody else's checkout
-    assert re.fullmatch(r"v\d.*", results.commit())
-
-
-def test_rows_added_to_the_results_change_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = tmp_path / "fastac" / "experiments" / "results.py"
-    rows = tmp_path / "benchmarks" / "results" / "rows.csv"
-    for path in (code, code.with_name("__init__.py"), rows):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("before")
-    who = ("-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false")
-    for command in (["init"], ["add", "."], [*who, "commit", "--message", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
-    monkeypatch.setattr(results, "__file__", str(code))
-    clean = results.commit()
-    assert re.fullmatch("[0-9a-f]{12}", clean)
-    rows.write_text("after")
-    assert results.commit() == clean
-    code.write_text("after")
-    assert results.commit() == f"{clean}-dirty"
 
 
 def test_a_row_names_the_commit_that_was_there_when_training_began(

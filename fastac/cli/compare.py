@@ -8,7 +8,6 @@ import click
 import torch
 
 from fastac.experiments import comparison
-from fastac.experiments import results as result_files
 from fastac.experiments.flash_mnist import Recipe, prepare
 from fastac.training.run import RunError
 
@@ -47,8 +46,7 @@ from .flash_mnist import data_options, echo_data, echo_frame_accuracy, load_digi
 @click.option(
     "--results",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="CSV file of the table, which is replaced. [benchmarks/results/comparison.csv in a checkout, else "
-    "comparison.csv in --output]",
+    help="CSV file of the table, which is replaced. [comparison.csv in --output]",
 )
 @click.option(
     "--output",
@@ -80,17 +78,18 @@ def command(
     epoch, its number of parameters and the median time of a training step, taken in turn in one process.
 
     A system whose run in --output is done is not trained again; a run that was interrupted goes on where it
-    was, and one of fewer epochs too. Several processes may share the work with --train-only and other systems each.
+    was, and one of fewer epochs too. Several processes may share the work: with --train-only, each for other
+    systems.
 
     \b
     fastac compare
-    fastac compare --train-videos 20 --test-videos 5 --output runs/small --results small.csv
-    fastac compare --system "attention cluster" --system "bi-LSTM" --results two.csv
+    fastac compare --train-videos 20 --test-videos 5 --output runs/small
+    fastac compare --system "attention cluster" --system "bi-LSTM"
     """
     common.check_one_process("compare")
     common.check_writable(output, "--output")
-    if results is not None:
-        common.check_writable(results.parent, "--results")
+    results = results or output / "comparison.csv"
+    common.check_writable(results.parent, "--results")
     chosen = [name for name in comparison.SYSTEMS if not systems or name in systems]
     recipe = Recipe(train_videos, test_videos, cnn_frames)
     budget = comparison.Budget(epochs, seed)
@@ -99,8 +98,6 @@ def command(
         echo_data(digits, recipe)
         prepared = prepare(digits, recipe, use_cache=not no_cache)
         echo_frame_accuracy(prepared)
-        if results is None:
-            results = _default_results(output, authors=prepared.as_the_authors, whole=not systems)
         videos = comparison.Data(prepared)
         done = comparison.run(chosen, videos, budget, output, device=device)
         if train_only:
@@ -111,13 +108,7 @@ def command(
                 f"another process is at {', '.join(missing)}: give the command again when it is done"
             )
         times = comparison.step_seconds(chosen, videos, device=device)
-        table = comparison.record(results, chosen, videos, budget, output, times)
+        table = comparison.record(results, chosen, videos, budget, output, times, device=device)
     click.echo(f"{epochs} epochs each; accuracy in %, median milliseconds of a step of 64 videos")
     click.echo(comparison.as_text(table))
     click.echo(f"results: {results}")
-
-
-def _default_results(output: Path, *, authors: bool, whole: bool) -> Path:
-    """The checkout's results for the whole table on the paper's data; anything else stays with the runs."""
-    checkout = result_files.folder()
-    return (checkout if checkout is not None and authors and whole else output) / "comparison.csv"

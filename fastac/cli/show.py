@@ -43,8 +43,8 @@ def command(
     """Draw the attention weights of the most concentrated units of a trained classifier.
 
     RUN is the folder of a run of fastac train. Every video has a row, every modality a column. In a panel the
-    columns are local features, such as frames, and the rows are attention units; blue is a weight of 0, red
-    of 1.
+    columns are local features, such as frames, and the rows are attention units (of the bi-LSTM's attention:
+    the features it weighs); blue is a weight of 0, red of 1.
 
     \b
     fastac show runs/first --output attention.png
@@ -104,4 +104,4 @@ def draw_videos(
     if not drawn:
         raise RunError(f"none of the {len(data):,} videos has usable features")
     with common.os_errors_at(output):
-        figures.save(figures.attention_maps(drawn), output)
+        figures.save(figures.attention_maps(drawn, rows=run.model.attention_rows), output)

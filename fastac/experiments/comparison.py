@@ -28,6 +28,7 @@ import torch
 from fastac.data import FeatureArray, FlashMNIST
 from fastac.data.flash_mnist import BLOCK
 from fastac.models import PyramidClassifier, VideoClassifier
+from fastac.provenance import commit, cpu_model
 from fastac.training import Trainer
 from fastac.training.log import Progress, quiet
 from fastac.training.run import RunError, is_run, save_run, write_whole
@@ -41,7 +42,7 @@ from fastac.training.systems import (
 )
 
 from .flash_mnist import MODALITY, Prepared, authors_training
-from .results import alone, commit, cpu_model
+from .results import alone
 
 logger = logging.getLogger("fastac")
 
@@ -71,8 +72,8 @@ SYSTEMS: dict[str, SystemSettings] = {
 
 ROW = (
     "system", "accuracy", "parameters", "step_ms", "epochs", "batch_size", "seed", "train_videos",
-    "test_videos", "digits", "frame_accuracy", "train_seconds", "commit", "timed_commit", "date", "cpu",
-    "threads", "torch", "python", "load_average",
+    "test_videos", "digits", "frame_accuracy", "train_seconds", "train_threads", "commit", "timed_commit",
+    "date", "device", "cpu", "threads", "torch", "python", "load_average",
 )  # fmt: skip
 ENTRY, DONE = "system.json", "done.json"
 
@@ -258,7 +259,8 @@ def step_seconds(
 ) -> dict[str, float]:
     """Median seconds of a training step of each system, in rounds in which all take their turn.
 
-    A round is an epoch of the engine on the first ``steps`` batches, reading them included. The first one
+    A round is an epoch of the engine on the first ``steps`` batches (or all, if they are fewer), reading them
+    included. The first one
     warms up and is not timed. The order turns around from round to round.
 
     Raises:
@@ -266,10 +268,12 @@ def step_seconds(
     """
     if rounds < 2 or steps < 1:
         raise ValueError(f"rounds must be at least 2 and steps at least 1, got {rounds} and {steps}")
-    trainers = {}
+    trainers, taken = {}, {}
     for system in systems:
         train, _ = data.of(SYSTEMS[system])
-        head = train.head(min(steps * authors_training(1, 1).batch_size, len(train)))
+        batch_size = authors_training(1, 1).batch_size
+        head = train.head(min(steps * batch_size, len(train)))
+        taken[system] = -(-len(head) // batch_size)
         trainers[system] = Trainer(
             make_model(SYSTEMS[system], data, 1),
             head,
@@ -285,13 +289,20 @@ def step_seconds(
                 trainer = trainers[system]
                 trainer.config = trainer.config.model_copy(update={"epochs": number})
                 (result,) = trainer.fit()
-                seconds[system].append(result.values["train_seconds"] / steps)
+                seconds[system].append(result.values["train_seconds"] / taken[system])
                 progress.advance(1)
     return {system: statistics.median(times[1:]) for system, times in seconds.items()}
 
 
 def record(
-    results: Path, systems: Sequence[str], data: Data, budget: Budget, runs: Path, times: dict[str, float]
+    results: Path,
+    systems: Sequence[str],
+    data: Data,
+    budget: Budget,
+    runs: Path,
+    times: dict[str, float],
+    *,
+    device: torch.device | str = "cpu",
 ) -> pd.DataFrame:
     """Writes one row per system that was trained, in the order of `SYSTEMS`; returns them.
 
@@ -300,7 +311,9 @@ def record(
         systems: done, as `run` returned them.
         data, budget, runs: of the training.
         times: of `step_seconds`.
+        device: where they were taken.
     """
+    device = torch.device(device)
     prepared = data.prepared
     rows = []
     for system in (name for name in SYSTEMS if name in systems):
@@ -320,9 +333,11 @@ def record(
                 "digits": prepared.digits,
                 "frame_accuracy": round(100 * prepared.frame_accuracy, 2),
                 "train_seconds": round(outcome["train_seconds"]),
+                "train_threads": outcome["threads"],
                 "commit": outcome["commit"],
                 "timed_commit": commit(),
                 "date": time.strftime("%Y-%m-%d"),
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
                 "cpu": cpu_model(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,

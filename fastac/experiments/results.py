@@ -1,15 +1,13 @@
-"""Files of results: rows in CSV that several processes may add to, and what they were measured on; locks."""
+"""Files of results: rows in CSV that several processes may add to; locks on the folders of runs."""
 
 from __future__ import annotations
 
 import csv
 import fcntl
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastac import __version__
 from fastac.training.run import RunError
 
 
@@ -17,29 +15,6 @@ def folder() -> Path | None:
     """``benchmarks/results`` of the checkout that this runs from; None for an installed package."""
     root = Path(__file__).resolve().parents[2]
     return root / "benchmarks" / "results" if (root / "benchmarks" / "results").is_dir() else None
-
-
-def commit() -> str:
-    """The commit of the checkout this runs from, "-dirty" if it was changed; outside one, the version.
-
-    Changes of the results themselves do not count: each row is one.
-    """
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An environment may lie in another project's checkout.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        changed = git(
-            *("status", "--porcelain", "--untracked-files=no"),
-            *("--", ":(top)", ":(top,exclude)benchmarks/results"),
-        )
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return f"v{__version__}"
 
 
 def append(
@@ -75,15 +50,6 @@ def append(
         writer.writerows(
             row for row in rows if key is None or tuple(str(row[name]) for name in key) not in there
         )
-
-
-def cpu_model() -> str:
-    """The processor's name, or "" where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 @contextmanager

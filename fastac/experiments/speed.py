@@ -21,11 +21,12 @@ from fastac import AttentionCluster, _native, backends
 from fastac.data import FeatureArray
 from fastac.models import AttentionClusterClassifier
 from fastac.models.base import HasScores
+from fastac.provenance import commit, cpu_model
 from fastac.training import Trainer, TrainingConfig
 from fastac.training.log import Progress, quiet
 
 from .flash_mnist import MODALITY
-from .results import append, commit, cpu_model
+from .results import append
 
 logger = logging.getLogger("fastac")
 

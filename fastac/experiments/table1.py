@@ -21,11 +21,12 @@ import torch
 
 from fastac.models import AttentionClusterClassifier, ClusterConfig
 from fastac.models.frame_cnn import FEATURES
+from fastac.provenance import commit
 from fastac.training import Trainer
 from fastac.training.run import RunError, is_run, save_run, write_whole
 
 from .flash_mnist import MODALITY, Prepared, Recipe, authors_training
-from .results import alone, append, commit
+from .results import alone, append
 
 logger = logging.getLogger("fastac")
 

@@ -147,6 +147,7 @@ class AttentionBoostedLSTM(VideoClassifier):
     - "after": bi-LSTM, ``TemporalAttention`` on its outputs (B, T, 2 H), flattened (B, T * 2 H), dense layer
       with ReLU, dropout, linear layer.
 
+    The gates are sigmoids; those of the Keras release that the authors name are piecewise linear ("hard").
     The last state of the backward direction is that of the first frame. Videos are cut to T frames. The
     original pads shorter ones with frames of 0 and lets those take part. Here the LSTM ends with the video
     and padding gets no weight, unless ``honor_lengths`` is False.
@@ -161,7 +162,8 @@ class AttentionBoostedLSTM(VideoClassifier):
     Args:
         in_features: M, the dimension of a frame's features.
         num_classes: C.
-        sequence_length: T; the authors' is the mean number of frames, at one frame per second.
+        sequence_length: T; the authors' is the mean number of frames of all videos, rounded down, at one
+            frame per second.
         position: "none", "before" or "after".
         hidden_features: H.
         dense_features: of the dense layer.
@@ -242,6 +244,11 @@ class AttentionBoostedLSTM(VideoClassifier):
     def dimensions(self) -> dict[str, int]:
         """The dimension M of the features of its one modality."""
         return {self.modality: self.in_features}
+
+    @property
+    def attention_rows(self) -> str:
+        """What the second dimension of ``attention`` counts: features, each with a softmax of its own."""
+        return "feature"
 
     @property
     def has_attention(self) -> bool:

@@ -109,6 +109,11 @@ class VideoClassifier(nn.Module, ABC):
         return True
 
     @property
+    def attention_rows(self) -> str:
+        """What the second dimension of ``attention`` counts, in a word."""
+        return "unit"
+
+    @property
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """What ``from_config`` needs to make this model again, in builtins that JSON can hold."""

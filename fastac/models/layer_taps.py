@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from difflib import get_close_matches
 from types import TracebackType
@@ -53,8 +54,9 @@ class LayerTaps:
             cnn(frames)
             maps = taps.maps()
 
-    A map is a copy, differentiable: a later layer that works in place does not change it. One forward of the
-    CNN at a time. What a statement in the ``with`` raises leaves no hook either.
+    A map is a copy, differentiable: a later layer that works in place does not change it. The taps see the
+    forwards of the thread that made them, one at a time; other threads may have their own on the same CNN.
+    What a statement in the ``with`` raises leaves no hook either.
 
     Args:
         cnn: any module.
@@ -66,17 +68,24 @@ class LayerTaps:
 
     def __init__(self, cnn: nn.Module, layers: Sequence[str]) -> None:
         modules = checked_layers(cnn, layers)
+        self._thread = threading.get_ident()  # hooks are the module's, whoever calls it
         self._outputs: dict[str, list[Any]] = {name: [] for name in modules}
-        self._handles: list[RemovableHandle] = [cnn.register_forward_pre_hook(self._clear)]
+        self._handles: list[RemovableHandle] = [cnn.register_forward_pre_hook(self._begin)]
         for name, module in modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
 
-    def _clear(self, *_: object) -> None:
+    def _begin(self, *_: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._clear()
+
+    def _clear(self) -> None:
         for outputs in self._outputs.values():
             outputs.clear()
 
     def _hook(self, name: str) -> Any:
         def keep(module: nn.Module, inputs: object, output: object) -> None:
+            if threading.get_ident() != self._thread:
+                return
             outputs = self._outputs[name]
             # The first is enough to say that a second one came.
             outputs.append(output.clone() if isinstance(output, Tensor) and not outputs else output)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastac import functional, reference
+from fastac import checks, functional, reference
 
 from .base import (
     VideoClassifier,
@@ -71,9 +71,9 @@ class NetVLAD(nn.Module):
         """
         wide = reference.accumulation_dtype(x.dtype)
         a = without_excluded(self.assignment(x).softmax(2, dtype=wide), lengths)  # (B, L, K)
-        sums = a.to(x.dtype).transpose(1, 2) @ x  # sum_l a x_l, (B, K, M)
-        residuals = sums.to(wide) - a.sum(1).unsqueeze(2) * self.centroids.to(wide)
-        y = F.normalize(F.normalize(residuals, dim=2).flatten(1), dim=1)
+        with checks.no_autocast(x):  # the two parts cancel: neither may be rounded before
+            residuals = a.transpose(1, 2) @ x.to(wide) - a.sum(1).unsqueeze(2) * self.centroids.to(wide)
+            y = F.normalize(F.normalize(residuals, dim=2).flatten(1), dim=1)
         return y.to(x.dtype)
 
 

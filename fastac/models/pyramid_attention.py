@@ -156,6 +156,8 @@ class InteractionAwareAttention(nn.Module):
         p = self.positions
         if attention.shape != (x.size(0), p, p):
             raise ValueError(f"attention must have shape {(x.size(0), p, p)}, got {tuple(attention.shape)}")
+        if attention.dtype != (wide := reference.accumulation_dtype(x.dtype)):
+            raise TypeError(f"attention must be {wide} for x of {x.dtype}, got {attention.dtype}")
         return self._interaction_loss(x, attention)
 
     def _interaction_loss(self, x: Tensor, attention: Tensor) -> Tensor:
@@ -189,10 +191,18 @@ def diversity_loss(attentions: Sequence[Tensor]) -> Tensor:
         attentions: one (F, P, P) for each scale, rows of unit norm.
 
     Returns: (F,), in 0...1.
-    Raises: ValueError for no scale.
+    Raises: TypeError for what is no tensor; ValueError for no scale, or shapes that differ.
     """
     if not attentions:
         raise ValueError("attentions must have at least one scale, got none")
+    for number, attention in enumerate(attentions):
+        checks.is_tensor(f"attentions[{number}]", attention)
+        shape = attentions[0].shape
+        if attention.dim() != 3 or attention.shape != shape or shape[1] != shape[2]:
+            raise ValueError(
+                f"attentions must have one shape (F, P, P), got {tuple(attention.shape)} at {number} "
+                f"and {tuple(shape)} at 0"
+            )
     pairs = list(combinations(attentions, 2))
     total = attentions[0].new_zeros(attentions[0].size(0))
     for first, second in pairs:

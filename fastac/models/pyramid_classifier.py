@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import HasScores, VideoClassifier, checked_count, checked_dropout, checked_keys
+from .base import HasScores, VideoClassifier, checked_count, checked_dropout, checked_keys, checked_modality
 from .frame_cnn import FrameCNN
 from .inputs import Sets, of_modality, one_modality
 from .layer_taps import LayerTaps, checked_layers
@@ -78,7 +78,7 @@ def frame_cnn_backbone(cnn: FrameCNN | None = None) -> nn.Sequential:
     )
 
 
-def _built_in(
+def _built_in_backbone(
     name: object,
     channels: Sequence[int] | None,
     frame_shape: tuple[int, int, int],
@@ -223,11 +223,7 @@ class PyramidClassifier(VideoClassifier):
     ) -> None:
         super().__init__(num_classes, multi_label=multi_label)
         self.frame_shape = _frame_shape(frame_shape)
-        if not isinstance(modality, str):
-            raise TypeError(f"modality must be a str, got {type(modality).__name__}")
-        if not modality.isidentifier():
-            raise ValueError(f"modality must be an identifier, got {modality!r}")
-        self.modality = modality
+        self.modality = checked_modality(modality)
         self.interaction_weight = checked_weight("interaction_weight", interaction_weight)
         self.diversity_weight = checked_weight("diversity_weight", diversity_weight)
         p = checked_dropout(dropout)
@@ -235,7 +231,7 @@ class PyramidClassifier(VideoClassifier):
         self.pixel_std = _number("pixel_std", pixel_std)
         if self.pixel_std <= 0:
             raise ValueError(f"pixel_std must be > 0, got {pixel_std}")
-        self._built_in: tuple[str, list[int] | None] | None = None
+        self._named: tuple[str, list[int] | None] | None = None
         if isinstance(backbone, nn.Module):
             if channels is not None:
                 raise ValueError(f"channels must not be given for a backbone of your own, got {channels}")
@@ -248,8 +244,8 @@ class PyramidClassifier(VideoClassifier):
                 device, dtype = own_device, own_dtype
         else:
             name = backbone
-            backbone, stages, widths = _built_in(name, channels, self.frame_shape, device, dtype)
-            self._built_in = (name, widths)
+            backbone, stages, widths = _built_in_backbone(name, channels, self.frame_shape, device, dtype)
+            self._named = (name, widths)
             layers = stages if layers is None else layers
             backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.layers = list(checked_layers(backbone, layers))
@@ -283,12 +279,12 @@ class PyramidClassifier(VideoClassifier):
 
         Raises: ValueError for a model on a CNN of your own, which no configuration can name.
         """
-        if self._built_in is None:
+        if self._named is None:
             raise ValueError(
                 "a PyramidClassifier on a backbone of your own has no config; "
                 f"one on {' or '.join(BACKBONES)} has"
             )
-        name, channels = self._built_in
+        name, channels = self._named
         return {
             "backbone": name,
             "num_classes": self.num_classes,
@@ -372,7 +368,7 @@ class PyramidClassifier(VideoClassifier):
         frames = frames.unflatten(1, self.frame_shape)
         if (self.pixel_mean, self.pixel_std) != (0.0, 1.0):
             frames = (frames - self.pixel_mean) / self.pixel_std
-        if self._built_in is not None:  # with the weights': 1.6 times as fast on CPUs
+        if self._named is not None:  # with the weights': 1.6 times as fast on CPUs
             frames = frames.contiguous(memory_format=torch.channels_last)
         maps = _maps(self.backbone, self.layers, frames)
         if batch is not None:
@@ -413,6 +409,8 @@ class PyramidClassifier(VideoClassifier):
 
     def losses(self, output: Tensor | HasScores, labels: Tensor) -> Tensor:
         """The loss of each video, (B,): that of its scores, and the weighted losses of its attention.
+
+        The interaction loss may be negative, and so this: it does not compare with that of other systems.
 
         Scores alone, a tensor (B, C), have the first part only. Arguments and errors are those of
         `VideoClassifier.losses`.

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from .config import Settings, Switch, TrainingConfig
-from .systems import MODELS, AttentionClusterSettings, PositiveInt, System
+from .systems import MODELS, AttentionBoostedLSTMSettings, AttentionClusterSettings, PositiveInt, System
 
 WIDTH, COMMENT_COLUMN = 80, 33
 """Of the template: where its lines end and where the comments begin."""
@@ -128,7 +128,7 @@ def validate(content: Mapping[str, Any]) -> RunConfig:
     if isinstance(model, Mapping) and "system" not in model:
         content["model"] = {"system": DEFAULT_SYSTEM, **model}
     try:
-        return RunConfig.model_validate(content)
+        config = RunConfig.model_validate(content)
     except ValidationError as error:
         problems: dict[tuple[str, str], list[str]] = {}
         for problem in error.errors():
@@ -144,6 +144,18 @@ def validate(content: Mapping[str, Any]) -> RunConfig:
             if not any(other.startswith(f"{name}.") for other in names)
         ]
         raise ConfigError("\n".join(sorted(lines))) from None
+    _check_sampling(config)
+    return config
+
+
+def _check_sampling(config: RunConfig) -> None:
+    """A sequence has one length: of other numbers of frames some would be cut off in one of the two."""
+    train, test = config.data.train_features, config.data.test_features
+    if isinstance(config.model, AttentionBoostedLSTMSettings) and train != test:
+        raise ConfigError(
+            f"data.test_features must be data.train_features for {config.model.system}, "
+            f"got {_shown(test)} and {_shown(train)}"
+        )
 
 
 def dump(config: RunConfig) -> str:

@@ -123,7 +123,7 @@ class AttentionBoostedLSTMSettings(OneModalitySettings):
         default="after", description="where the attention stands, seen from the LSTM"
     )
     sequence_length: PositiveInt | None = Field(
-        default=None, description="T; null: the mean number of features of the training videos"
+        default=None, description="T; null: the mean number of features of the training videos, rounded down"
     )
     hidden_features: PositiveInt = Field(default=256, description="of the LSTM, per direction")
     dense_features: PositiveInt = Field(default=512, description="of the layer before the last")
@@ -140,7 +140,7 @@ class AttentionBoostedLSTMSettings(OneModalitySettings):
             mean = data.mean_lengths()[common["modality"]]
             if math.isnan(mean):
                 raise ValueError(f"no video has the modality {common['modality']}: it has no mean length")
-            length = max(1, round(mean))
+            length = max(1, int(mean))
         return AttentionBoostedLSTM(
             data.modalities[common["modality"]],
             sequence_length=length,
@@ -186,8 +186,9 @@ class PyramidSettings(OneModalitySettings):
     channels: list[PositiveInt] | None = Field(
         default=None, description="of the stages of small; null: 16, 32, 64"
     )
-    cluster_size: PositiveInt = Field(default=1, description="N, score maps; the paper's is 1")
+    cluster_size: PositiveInt = Field(default=1, description="N, score maps; more than one is inferred")
     dropout: Dropout = Field(default=0.5, description="before the last layer")
+    orthonormality: Weight = Field(default=1.0, description="lambda of the interaction loss")
     interaction_weight: Weight = Field(default=0.1, description="of the interaction loss")
     diversity_weight: Weight = Field(default=0.1, description="of the loss that keeps scales apart")
 
