@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -205,3 +207,34 @@ def test_copies_made_afterwards_have_no_hooks() -> None:
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert hooks(copied) == 0
         assert torch.equal(copied(FRAMES), net(FRAMES))
+
+
+def maps_alone(net: Net, x: Tensor) -> list[Tensor]:
+    with LayerTaps(net, ["stem", "blocks.1"]) as taps:
+        net(x)
+        return taps.maps()
+
+
+def test_threads_do_not_see_each_other_s_maps() -> None:
+    """Two forwards of one CNN that are under way at the same time, each with its own taps."""
+    net = Net()
+    together = threading.Barrier(2, timeout=20)
+
+    def meet(*_: object) -> None:
+        together.wait()
+
+    own = net.stem.register_forward_hook(meet)
+    frames = [torch.full_like(FRAMES, float(value)) for value in (1, 2)]
+
+    def maps(x: Tensor) -> list[Tensor]:
+        with LayerTaps(net, ["stem", "blocks.1"]) as taps:
+            net(x)
+            return taps.maps()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(maps, frames))
+    own.remove()
+    for x, of_thread in zip(frames, found, strict=True):
+        for a, b in zip(of_thread, maps_alone(net, x), strict=True):
+            assert torch.equal(a, b)
+    assert hooks(net) == 0

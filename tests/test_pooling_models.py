@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 from collections.abc import Iterator
@@ -428,6 +429,24 @@ def test_half_types(pooling: str, dtype: torch.dtype) -> None:
     scores = half(arguments["features"].to(dtype), lengths=arguments["lengths"])
     assert scores.dtype == dtype
     torch.testing.assert_close(scores.float(), model(**arguments), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_netvlad_of_features_near_the_centroids(dtype: torch.dtype) -> None:
+    """The residuals of features around 5 are small beside the sums that they are the difference of."""
+    torch.manual_seed(0)
+    layer = NetVLAD(16, 4)
+    with torch.no_grad():
+        layer.centroids.normal_(5, 0.1)
+        layer.assignment.weight.mul_(0.1)
+    x = (5 + 0.3 * torch.randn(3, 300, 16)).to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    with torch.autocast("cpu", dtype):
+        y = layer(x)
+    error = (y.double() - exact).norm() / exact.norm()
+    assert error < 0.01
+    large = layer.to(dtype)(50 * x)  # sums of 300 such features are beyond float16
+    assert large.isfinite().all()
 
 
 @each_pooling

@@ -539,6 +539,17 @@ def test_wrong_input_of_a_scale() -> None:
         layer.interaction_loss(x, layer(x)[:1])
     with pytest.raises(TypeError, match=r"attention must be a torch.Tensor, got NoneType"):
         layer.interaction_loss(x, None)
+    with pytest.raises(
+        TypeError, match=r"attention must be torch.float32 for x of torch.float32, got .*bfloat16"
+    ):
+        layer.interaction_loss(x, layer(x).bfloat16())
+    with pytest.raises(ValueError, match=r"attentions must have at least one scale, got none"):
+        diversity_loss([])
+    with pytest.raises(TypeError, match=r"attentions\[1\] must be a torch.Tensor, got list"):
+        diversity_loss([layer(x), []])
+    for other in (layer(x)[:1], layer(x)[0], layer(x)[:, :2]):
+        with pytest.raises(ValueError, match=r"attentions must have one shape \(F, P, P\), got"):
+            diversity_loss([layer(x), other])
 
 
 @pytest.mark.parametrize(

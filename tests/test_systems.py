@@ -99,6 +99,7 @@ def test_a_system_is_trained_and_used_by_the_command_line(
     assert json.loads((run / "model.json").read_text())["system"] == system
     opened = load_run(run, "last")
     assert type(opened.model) is MODELS[system]
+    assert opened.state["values"]["validation_accuracy"] > 0
     assert opened.modalities == {"frames": SIDE * SIDE}
     data = open_like_training(opened, None, None)
     batch = data.collate([data[number] for number in range(5)])
@@ -115,6 +116,16 @@ def test_a_system_is_trained_and_used_by_the_command_line(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 24
     assert (run / "attention.png").is_file() == (system != "pooling")
+
+
+@pytest.mark.parametrize("system", ["attention-boosted-lstm", "pyramid-attention"])
+def test_a_system_is_trained_in_bfloat16(
+    system: str, clips: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"model.system={system}", *SYSTEMS[system], "training.epochs=1", "training.accumulation=2"]
+    precision = ["training.precision=bfloat16", "training.batch_size=6", "training.tensorboard=false"]
+    assert main(["train", *clips, *settings, *precision, "--output", str(tmp_path)]) == 0
+    assert math.isfinite(load_run(tmp_path, "last").state["values"]["train_loss"]), capsys.readouterr().err
 
 
 def test_what_has_no_attention_is_not_drawn(
@@ -180,7 +191,7 @@ def test_clusters_of_single_modalities() -> None:
 
 def test_the_sequence_is_as_long_as_the_mean_video() -> None:
     settings = AttentionBoostedLSTMSettings()
-    model = settings.build(Features({"rgb": 4}, lengths={"rgb": 6.4}))
+    model = settings.build(Features({"rgb": 4}, lengths={"rgb": 6.6}))
     assert isinstance(model, AttentionBoostedLSTM)
     assert model.sequence_length == 6
     with pytest.raises(ValueError, match="no video has the modality rgb"):
@@ -249,6 +260,18 @@ def test_frames_of_another_shape() -> None:
 def test_wrong_settings_of_a_model(content: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate({"data": {"features": "f", "labels": "l"}, "model": content})
+
+
+def test_a_sequence_has_one_length() -> None:
+    """Of a test video with more frames than T the last ones would never be seen."""
+    data = ["data.features=f", "data.labels=l", "model.system=attention-boosted-lstm"]
+    message = "data.test_features must be data.train_features for attention-boosted-lstm, got null and 15"
+    with pytest.raises(ConfigError, match=message):
+        load(None, [*data, "data.train_features=15"])
+    with pytest.raises(ConfigError, match="got 20 and 15"):
+        load(None, [*data, "data.train_features=15", "data.test_features=20"])
+    load(None, [*data, "data.train_features=15", "data.test_features=15"])
+    load(None, [*data[:2], "data.train_features=15", "data.test_features=20"])
 
 
 def test_dump_and_load_keep_the_system(tmp_path: Path) -> None:
