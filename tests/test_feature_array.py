@@ -125,7 +125,7 @@ def test_the_first_videos() -> None:
         (
             {"features": {"rgb": np.zeros((V, L, M))}},
             TypeError,
-            r"features\['rgb'\] must be float32, got float64",
+            r"features\['rgb'\] must be float32 or uint8, got float64",
         ),
         ({"labels": [0] * V}, TypeError, "labels must be a numpy.ndarray, got list"),
         ({"labels": np.zeros((V, 1), np.int64)}, ValueError, r"labels must have shape \(V,\), got \(7, 1\)"),
@@ -138,3 +138,15 @@ def test_the_first_videos() -> None:
 def test_what_does_not_fit_is_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FeatureArray(**{**arrays(), **change})
+
+
+def test_pixels_are_given_as_float32() -> None:
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (3, 2, 4), dtype=np.uint8)
+    data = FeatureArray({"frames": pixels}, np.zeros(3, dtype=np.int64), ["a"])
+    batch = data.__getitems__([2, 0])
+    assert batch.features["frames"].dtype == torch.float32
+    assert np.array_equal(batch.features["frames"].numpy(), pixels[[2, 0]])
+    assert data.mean_lengths() == {"frames": 2.0}
+    expected = torch.from_numpy(pixels.reshape(-1, 4).mean(0)).float()
+    torch.testing.assert_close(data.mean_features()["frames"], expected)
