@@ -348,7 +348,7 @@ def check_same(directory: Path, cell: Cell, digits: str, recipe: Recipe) -> None
                 f"{directory} holds a run of other settings, which needs a folder of its own: "
                 + ", ".join(f"{name} was {before.get(name)}, is {now.get(name)}" for name in differing)
             )
-    elif is_run(directory) and directory.name != cell.name:
+    elif is_run(directory):
         raise RunError(f"{directory} holds a run of something else: it has no {CELL}")
 
 

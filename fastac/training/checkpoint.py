@@ -80,10 +80,8 @@ def save(
         _flush(temporary / name)
     temporary.rename(final)
     _flush(directory)
-    if not os.path.lexists(directory / BEST):
-        _point(directory / BEST, f"{LAST}/{BEST}")  # leads nowhere until last does
+    _point(directory / BEST, f"{LAST}/{BEST}")  # leads nowhere until last does
     _point(directory / LAST, final.name)
-    _point(directory / BEST, f"{LAST}/{BEST}")  # of a folder that an earlier version wrote
     _flush(directory)
     kept = (final, _best(directory))
     for folder in directory.glob("epoch-*"):
@@ -170,9 +168,9 @@ def _target(link: Path) -> Path | None:
 
 
 def _best(directory: Path) -> Path | None:
-    """The best checkpoint; the last one knows it, but for one that an earlier version wrote."""
+    """The best checkpoint, which the last one knows, or None."""
     inner = directory / LAST / BEST
-    return directory / inner.resolve().name if inner.exists() else _target(directory / BEST)
+    return directory / inner.resolve().name if inner.exists() else None
 
 
 def _point(link: Path, target: str) -> None:

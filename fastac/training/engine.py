@@ -203,17 +203,16 @@ class Trainer:
 
     def _load(self, directory: Path) -> None:
         state = checkpoint.read_state(directory)
-        before, now = state.get("training"), self.config.model_dump(mode="json")
-        if before is not None:  # an earlier version kept none
-            differing = [
-                f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-                for name in dict.fromkeys((*before, *now))
-                if name not in MAY_CHANGE and before.get(name) != now.get(name)
-            ]
-            if differing:
-                raise checkpoint.CheckpointError(
-                    f"{directory} is of a run with other settings: {'; '.join(differing)}"
-                )
+        before, now = state.get("training", {}), self.config.model_dump(mode="json")
+        differing = [
+            f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+            for name in dict.fromkeys((*before, *now))
+            if name not in MAY_CHANGE and before.get(name) != now.get(name)
+        ]
+        if differing:
+            raise checkpoint.CheckpointError(
+                f"{directory} is of a run with other settings: {'; '.join(differing)}"
+            )
         checkpoint.load_model(directory, self.model)
         checkpoint.load_optimizer(directory, self.optimizer)
         best = state.get("best")
