@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from inspect import Parameter
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from fastac import checks
 
 _REDUCTIONS = ("mean", "sum", "none")
+
+Classifier = TypeVar("Classifier", bound="VideoClassifier")
 
 
 @runtime_checkable
@@ -36,6 +40,13 @@ def checked_keys(what: str, given: Mapping[str, Any], known: list[str], needed: 
     missing = [key for key in needed if key not in given]
     if missing:
         raise ValueError(f"{what} must give {', '.join(missing)}, got {', '.join(given) or 'nothing'}")
+
+
+def checked_config(config: object, known: list[str], needed: list[str]) -> None:
+    """TypeError for a ``config`` that is no mapping, ValueError as `checked_keys`."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a mapping, got {type(config).__name__}")
+    checked_keys("config", config, known, needed)
 
 
 def checked_count(name: str, value: object) -> int:
@@ -119,18 +130,21 @@ class VideoClassifier(nn.Module, ABC):
         """What ``from_config`` needs to make this model again, in builtins that JSON can hold."""
 
     @classmethod
-    @abstractmethod
     def from_config(
-        cls,
+        cls: type[Classifier],
         config: Mapping[str, Any],
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> VideoClassifier:
-        """A new model from a ``config``.
+    ) -> Classifier:
+        """A new model from a ``config``, by the constructor's arguments; one left out is at its default.
 
         Raises: ValueError for an unknown or missing key or a wrong value, TypeError for a wrong type.
         """
+        arguments = inspect.signature(cls).parameters
+        known = [name for name in arguments if name not in ("device", "dtype")]
+        checked_config(config, known, [name for name in known if arguments[name].default is Parameter.empty])
+        return cls(**{**config, "device": device, "dtype": dtype})
 
     @abstractmethod
     def attention(

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from fastac import AttentionCluster, checks
 
-from .base import VideoClassifier, checked_dropout, checked_keys, checked_switch
+from .base import VideoClassifier, checked_config, checked_dropout, checked_keys, checked_switch
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,8 @@ class AttentionClusterClassifier(VideoClassifier):
 
         Raises: ValueError for an unknown or missing key or a wrong value, TypeError for a wrong type.
         """
-        if not isinstance(config, Mapping):
-            raise TypeError(f"config must be a mapping, got {type(config).__name__}")
         known = ["modalities", "order", "num_classes", "dropout", "multi_label"]
-        checked_keys("config", config, known, ["modalities", "num_classes"])
+        checked_config(config, known, ["modalities", "num_classes"])
         arguments = dict(config)
         order = arguments.pop("order", None)
         modalities = arguments.pop("modalities")

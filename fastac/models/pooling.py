@@ -17,7 +17,6 @@ from .base import (
     checked_count,
     checked_dropout,
     checked_dtype,
-    checked_keys,
     checked_modality,
 )
 from .inputs import Sets, one_modality, padded, without_excluded
@@ -214,25 +213,6 @@ class PoolingClassifier(VideoClassifier):
             "multi_label": self.multi_label,
             "modality": self.modality,
         }
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> PoolingClassifier:
-        """A new model from a ``config``; what it leaves out is at its default.
-
-        Raises: ValueError for an unknown or missing key or a wrong value, TypeError for a wrong type.
-        """
-        if not isinstance(config, Mapping):
-            raise TypeError(f"config must be a mapping, got {type(config).__name__}")
-        needed = ["in_features", "num_classes"]
-        more = ["pooling", "cluster_size", "dropout", "multi_label", "modality"]
-        checked_keys("config", config, [*needed, *more], needed)
-        return cls(**config, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         """What the submodules do not show."""
