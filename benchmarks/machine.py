@@ -31,15 +31,18 @@ def default_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in KEEP}
 
 
-def reexecute(default_malloc: bool) -> None:
-    """Restart this process if the C library's settings, read at its start, are not the wanted ones."""
+def reexecute(default_malloc: bool, module: str = "benchmarks") -> None:
+    """Restart this process, `python -m module`, if the C library's settings are not the wanted ones.
+
+    They are read at its start.
+    """
     if (
         any(n in os.environ for n in KEEP)
         if default_malloc
         else any(os.environ.get(n) != KEEP[n] for n in KEEP)
     ):
         environment = default_environment() if default_malloc else keeping_environment()
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], environment)
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], environment)
 
 
 def prime(gigabytes: int = 3) -> None:
@@ -69,7 +72,7 @@ def isa() -> str:
 
     if not _native.available:
         return "none (no native library)"
-    return ("baseline", "avx2", "avx512", "avx512_bf16")[torch.ops.fastac.cpu_isa()]
+    return _native.ISA_NAMES[torch.ops.fastac.cpu_isa()]
 
 
 def describe(backend: str) -> dict[str, object]:

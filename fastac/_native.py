@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 PATH = Path(__file__).resolve().parent / "_C.abi3.so"
-ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16", "avx512_bf16_dot")
 
 
 def _load() -> str | None:

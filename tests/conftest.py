@@ -12,7 +12,7 @@ import hypothesis
 import interpreter
 import pytest
 import torch
-from tested_backends import BACKENDS, CUDA, ISA_NAMES, KERNELS, NATIVE, PORTABLE, TRITON, Backend
+from tested_backends import BACKENDS, CUDA, ISA_NAMES, KERNELS, NATIVE, PAIRS, PORTABLE, TRITON, Backend
 
 from fastac import _native, backends
 
@@ -48,12 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Only half types have kernels for clusters: with others, a GPU without them is the same test again."""
+    """Drop what would be the same test again.
+
+    Only half types have kernels for clusters, and only bfloat16 has kernels that sum pairs.
+    """
 
     def repeats(item: pytest.Item) -> bool:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        again = any(isinstance(p, Backend) and p in PORTABLE for p in parameters.values())
-        return again and parameters.get("dtype") in (torch.float32, torch.float64)
+        tested = [p for p in parameters.values() if isinstance(p, Backend)]
+        dtype = parameters.get("dtype")
+        return (dtype in (torch.float32, torch.float64) and any(b in PORTABLE for b in tested)) or (
+            dtype not in (None, torch.bfloat16) and any(b.isa == PAIRS for b in tested)
+        )
 
     dropped = [item for item in items if repeats(item)]
     if dropped:

@@ -112,8 +112,10 @@ def make_lengths(B: int, L: int, *, empty: bool = True) -> Tensor:
 DEFAULT_SIZES = {"B": 5, "L": 23, "M": 67, "N": 11}
 INTERPRETED_SIZES = {"B": 3, "L": 11, "M": 29, "N": 5}
 CLUSTER_SIZES = {"B": 5, "L": 23, "M": 72, "N": 11}
-"""Sizes of a case that gives none: for most backends, for Triton's interpreter, which is slow, and where the
-cluster kernels of csrc/cuda are emulated, which take multiples of 8 features only."""
+PAIR_SIZES = {"B": 5, "L": 23, "M": 147, "N": 11}
+"""Sizes of a case that gives none: for most backends; for Triton's interpreter, which is slow; where the
+cluster kernels of csrc/cuda are emulated, which take multiples of 8 features only; and for the CPU kernels
+that sum pairs of bfloat16, which take more than 128 features."""
 
 sizes_in_use = dict(DEFAULT_SIZES)
 

@@ -14,6 +14,7 @@ from helpers import (
     CLUSTER_SIZES,
     DEFAULT_SIZES,
     INTERPRETED_SIZES,
+    PAIR_SIZES,
     Case,
     Results,
     dispatch,
@@ -25,7 +26,8 @@ from torch import Tensor
 import fastac
 from fastac import _native
 
-ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISA_NAMES = ("baseline", "avx2", "avx512", "avx512_bf16", "avx512_bf16_dot")
+PAIRS = ISA_NAMES.index("avx512_bf16_dot")  # its own kernels are for bfloat16 only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +86,14 @@ class Backend:
         if self.isa is None:
             raise AssertionError(f"the native kernels are not there: {_native.why_not}")
         before = torch.ops.fastac.cpu_set_isa(self.isa)
+        if self.isa == PAIRS:
+            sizes_in_use.update(PAIR_SIZES)
         try:
             with _guards(torch.ops.fastac.cpu_guard, guarded):
                 yield
         finally:
             torch.ops.fastac.cpu_set_isa(before)
+            sizes_in_use.update(DEFAULT_SIZES)
 
     @contextlib.contextmanager
     def _interpreted(self, guarded: bool) -> Iterator[None]:

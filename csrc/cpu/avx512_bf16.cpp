@@ -1,6 +1,5 @@
-// AVX-512 with its bfloat16 extension: Cooper Lake, Sapphire Rapids, Zen 4 and later. It serves to round
-// float32 to bfloat16. Its dot product is left alone: where it was measured (Sapphire Rapids) it ran at half
-// the rate of the float32 multiply-add, and x would have to enter it uncentred (benchmarks/NOTES.md).
+// AVX-512 with its bfloat16 extension: Cooper Lake, Sapphire Rapids, Zen 4 and later. Here it serves to round
+// float32 to bfloat16; avx512_bf16_dot.cpp multiplies with it where that is faster.
 #include "kernels_begin.h"
 
 #if defined(__x86_64__)

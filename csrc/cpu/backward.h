@@ -8,9 +8,11 @@
 // Rows of few vectors do not fill a panel and leave little to add up in the lanes of a dot tile. There dU and
 // dW are kept transposed, with units in lanes. Included inside an anonymous namespace.
 
-template <typename T>
+template <typename T, typename O = typename Accumulator<T>::type>
 class Backward {
   using A = typename Accumulator<T>::type;
+  static constexpr bool kPaired = kSummands<O> > 1;
+  static constexpr int64_t kRow = kPanelOperands<A, O>;
 
  public:
   Backward(const Problem& problem, const BackwardArguments& args, ParallelFor parallel_for)
@@ -23,8 +25,8 @@ class Backward {
         units_(problem.units),
         vectors_(cpu::ceil_div(problem.units, kLanes<A>)),
         stride_(vectors_ * kLanes<A>),
-        units_in_lanes_(problem.features <= cpu::kShortRow && vectors_ % kTileVectors == 0),
-        root_units_(std::sqrt(A(problem.units))),
+        units_in_lanes_(!kPaired && problem.features <= cpu::kShortRow && vectors_ % kTileVectors == 0),
+        output_gradient_(problem, args, needs_ds()),
         stream_(args.dx != nullptr && streams<T>(args.dx, problem.features,
                                                  problem.sets.rows * problem.features * int64_t(sizeof(T)))) {
   }
@@ -50,7 +52,6 @@ class Backward {
   }
 
  private:
-  static constexpr int64_t kSumRun = 4;
   static constexpr int64_t kDotRun = 32;  // features of dU . d added up in one chain, with units in lanes
   static constexpr int64_t kPrefetchBytes = 192 << 10;  // of y and of dY each
 
@@ -61,23 +62,35 @@ class Backward {
       const int64_t rows = b.plan_.block_rows;
       row_stride = cpu::ceil_div(rows, kLanes<A>) * kLanes<A>;
       cpu::Arena arena(base);
-      panels = arena.take<A>(rows * b.panels_ * kPanel<A>);
-      du = b.keeps_du_rows() ? arena.take<A>(b.units_ * b.panels_ * kPanel<A>) : nullptr;
-      du_transposed = b.units_in_lanes_ ? arena.take<A>(b.stride_ * b.panels_ * kPanel<A>) : nullptr;
+      panels = arena.take<O>(rows * b.panels_ * kRow);
+      du.rows = b.keeps_du_rows() ? arena.take<O>(b.units_ * b.panels_ * kRow) : nullptr;
+      du.transposed = b.units_in_lanes_ ? arena.take<A>(b.stride_ * b.panels_ * kPanel<A>) : nullptr;
       weights = arena.take<A>(rows * b.stride_);
       ds = arena.take<A>(rows * b.stride_);
-      by_unit_weights = arena.take<A>(b.stride_ * row_stride);
-      by_unit_ds = arena.take<A>(b.stride_ * row_stride);
+      by_unit_weights = arena.take<O>(summed<O>(b.stride_) * row_stride);
+      by_unit_ds = arena.take<O>(summed<O>(b.stride_) * row_stride);
+      weight_gradient = reinterpret_cast<O*>(ds);
+      if constexpr (kPaired) {
+        weight_gradient = arena.take<O>(summed<O>(rows) * b.stride_);
+        x_panel = arena.take<O>(summed<O>(rows) * kPanel<A>);
+        du_panel = arena.take<O>(summed<O>(b.units_) * kPanel<A>);
+        if (b.keeps_du_low()) {
+          du.low = arena.take<O>(b.units_ * b.panels_ * kRow);
+          ds_low = arena.take<A>(rows * b.stride_);
+        }
+        rest = arena.take<A>(b.stride_);
+        du.lost = arena.take<A>(b.stride_);
+      }
       offset = arena.take<A>(rows);
       tile = arena.take<A>(kTileRows * kPanel<A>);
       dots = arena.take<A>(dot_sums<A>(rows));
       none = arena.take<A>(b.stride_);
-      du_sum = arena.take<A>(b.stride_);
-      du_u = arena.take<A>(b.stride_);
+      du.sum = arena.take<A>(b.stride_);
+      du.dot_u = arena.take<A>(b.stride_);
       dalpha = arena.take<A>(b.stride_);
       ds_offset = arena.take<A>(b.stride_);
-      for (A* p : {du_sum, du_u}) {
-        if (p == nullptr) break;
+      for (A* p : {du.sum, du.dot_u, du.lost}) {
+        if (p == nullptr) continue;
         for (int64_t n = b.units_; n < b.stride_; ++n) p[n] = 0;
       }
       if (none != nullptr)
@@ -85,21 +98,22 @@ class Backward {
       return arena.used();
     }
 
-    A* panels;           // [M / kPanel][rows][kPanel]: x less its offset
-    A* offset;           // (rows)
-    A* du;               // [M / kPanel][N][kPanel], or null
-    A* du_transposed;    // [N / kLanes][M][kLanes], M rounded up to whole panels, or null
-    A* weights;          // [rows][stride]: a, then alpha a
-    A* ds;               // [rows][stride]: dU . d, then dS
-    A* by_unit_weights;  // [N][row_stride]: `weights` transposed
-    A* by_unit_ds;       // [N][row_stride]: `ds` transposed
+    O* panels;  // [M / kPanel][rows][kRow]: x, in the accumulator type less its offset
+    A* offset;  // (rows)
+    typename OutputGradient<T, O>::Scratch du;
+    A* weights;             // [rows][stride]: a, then alpha a
+    A* ds;                  // [rows][stride]: dU . d, then dS
+    O* by_unit_weights;     // [N][row_stride]: `weights` transposed
+    O* by_unit_ds;          // [N][row_stride]: `ds` transposed
+    O* weight_gradient;     // [rows][stride]: `ds` as an operand of dW
+    O *x_panel, *du_panel;  // with pairs: a panel of x and of dU for sums over positions and over units
+    A* ds_low = nullptr;    // with pairs [rows][stride]: du.low . d
+    A* rest = nullptr;      // with pairs (stride): what rounding took from dS . offset
     A* tile;
     A* dots;
     A* none;       // (stride): 0
-    A* du_sum;     // (stride): dU . 1
-    A* du_u;       // (stride): dU . u, 0 unless the norm was below eps or there is no shift
     A* dalpha;     // (stride): sum_l a_l (dU . x_l)
-    A* ds_offset;  // (stride): sum_l dS_l (offset_l - center)
+    A* ds_offset;  // (stride): sum_l dS_l (offset_l - center), with pairs -sum_l dS_l center
     int64_t row_stride;
     Prefetch next_x, next_y, next_dy;
     void step() {
@@ -116,6 +130,8 @@ class Backward {
   }
 
   bool needs_dot() const { return needs_ds() || needs(kNeedAlpha); }
+  // dS that a caller receives has to be as good as its own rounding; for dX and dW dS is rounded anyway.
+  bool keeps_du_low() const { return needs_ds() && needs(kNeedScores | kNeedPositionBias); }
   bool keeps_du_rows() const { return !units_in_lanes_ || needs(kNeedX); }
 
   void layout_partials(cpu::Arena& arena, int64_t chunks) {
@@ -139,26 +155,20 @@ class Backward {
     if (problem_.weight == nullptr) return;
     const T* weight = static_cast<const T*>(problem_.weight);
     if (needs(kNeedX)) {
-      packed_panels_ = cpu::allocate(weight_size() * sizeof(A));
-      A* packed = static_cast<A*>(packed_panels_.get());
+      const int64_t panel = summed<O>(units_) * kPanel<A>;
+      packed_panels_ = cpu::allocate(panels_ * panel * sizeof(O));
+      O* packed = static_cast<O*>(packed_panels_.get());
       weight_panels_ = packed;
       cpu::parallel(parallel_for_, panels_, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p)
-          pack_matrix<T, A>(weight, units_, problem_.features, p, packed + p * units_ * kPanel<A>);
+        for (int64_t p = begin; p < end; ++p) {
+          if constexpr (kPaired)
+            pair_rows(weight, units_, problem_.features, p, packed + p * panel);
+          else
+            pack_matrix<T, A>(weight, units_, problem_.features, p, packed + p * panel);
+        }
       });
     }
-    if (args_.saved_scores == nullptr) {
-      const int64_t size = panels_ * kPanel<A> * kLanes<A>;
-      packed_transposed_ = cpu::allocate(vectors_ * (size + kLanes<A>)*sizeof(A));
-      A* packed = static_cast<A*>(packed_transposed_.get());
-      weight_transposed_ = packed;
-      weight_sums_ = packed + vectors_ * size;
-      cpu::parallel(parallel_for_, vectors_, [&](int64_t begin, int64_t end) {
-        for (int64_t v = begin; v < end; ++v)
-          pack_transposed<T, A>(weight, units_, problem_.features, v * kLanes<A>, packed + v * size,
-                                packed + vectors_ * size + v * kLanes<A>);
-      });
-    }
+    if (args_.saved_scores == nullptr) score_weight_.pack(problem_, parallel_for_);
   }
 
   const int64_t* positions(int64_t set) const {
@@ -210,9 +220,10 @@ class Backward {
     for (int64_t n = 0; n < stride_; ++n) scratch.dalpha[n] = 0;
     if (rows == 0) {
       if (units_in_lanes_)
-        output_gradient_transposed(scratch, set);
+        output_gradient_.transposed(scratch.du, set);
       else
-        balanced(units_, kDotTile, [&](int64_t n0, int64_t p) { output_gradients(scratch, set, n0, p); });
+        balanced(units_, kDotTile,
+                 [&](int64_t n0, int64_t p) { output_gradient_.rows(scratch.du, set, n0, p); });
     }
     const bool whole = segment.partial < 0 && rows <= plan_.block_rows;
     // The same for every segment of a set, since only over all its positions dS sums to 0.
@@ -229,151 +240,20 @@ class Backward {
     parameter_gradients(scratch, segment, c);
   }
 
-  // dU = c (dY - u^ (u^ . dY)) = factor dY - project y: both factors of `Units` units.
-  template <int Units>
-  void output_factors(Scratch& scratch, int64_t set, int64_t first, A* factor, A* project) const {
-    const int64_t features = problem_.features, at = (set * units_ + first) * features;
-    const T* dy = static_cast<const T*>(args_.dy) + at;
-    const T* y = static_cast<const T*>(args_.y) + at;
-    A dot[Units] = {};
-    if (problem_.shift || needs_ds()) {
-      Vec<A> sum[Units] = {};
-      for (int64_t begin = 0; begin < features; begin += kSumRun * kPanel<A>) {
-        Vec<A> run[Units] = {};
-        const int64_t end = std::min(begin + kSumRun * kPanel<A>, features);
-        for (int64_t m = begin; m < end; m += kLanes<A>) {
-          const int64_t left = std::min(kLanes<A>, end - m);
-          FASTAC_EACH (i, Units)
-            run[i] += load_some(dy + i * features + m, left) * load_some(y + i * features + m, left);
-        }
-        FASTAC_EACH (i, Units) sum[i] += run[i];
-      }
-      fold_all<A, Units>(sum, dot);
-    }
-    for (int i = 0; i < Units; ++i) {
-      factor[i] = 1;
-      project[i] = 0;
-      scratch.du_u[first + i] = 0;
-      if (!problem_.shift) {
-        if (needs_ds()) scratch.du_u[first + i] = dot[i];  // dY . z
-        continue;
-      }
-      const A norm = stats(2, set, first + i), eps = A(problem_.eps);
-      factor[i] = A(1) / (root_units_ * std::max(norm, eps));
-      if (norm < eps)
-        scratch.du_u[first + i] = dot[i];  // y = factor u, so dU . u = factor dY . u = dY . y
-      else
-        project[i] = A(problem_.units) * dot[i] * factor[i];  // c u^ (u^ . dY) = c N y (y . dY)
-    }
-  }
-
-  // dU of `Units` units into panels, with its sum over features. What dalpha and dbeta are made of is a small
-  // rest of many signed terms, so its sums are sums of short ones: kSumRun panels at a time.
-  template <int Units>
-  void output_gradient(Scratch& scratch, int64_t set, int64_t first) const {
-    const int64_t features = problem_.features, at = (set * units_ + first) * features;
-    const T* dy = static_cast<const T*>(args_.dy) + at;
-    const T* y = static_cast<const T*>(args_.y) + at;
-    A factor[Units], project[Units];
-    output_factors<Units>(scratch, set, first, factor, project);
-    Vec<A> sum[Units] = {};
-    const int64_t step = units_ * kPanel<A>;
-    A* out = scratch.du + first * kPanel<A>;
-    for (int64_t begin = 0; begin < panels_; begin += kSumRun) {
-      Vec<A> run[Units] = {};
-      for (int64_t p = begin; p < std::min(begin + kSumRun, panels_); ++p, out += step)
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t m = p * kPanel<A> + v * kLanes<A>, left = std::min(kLanes<A>, features - m);
-          FASTAC_EACH (i, Units) {
-            Vec<A> value = {};
-            if (left > 0) {
-              value = load_some(dy + i * features + m, left) * factor[i];
-              if (problem_.shift) value -= load_some(y + i * features + m, left) * project[i];
-            }
-            run[i] += value;
-            store_vector(out + i * kPanel<A> + v * kLanes<A>, value);
-          }
-        }
-      FASTAC_EACH (i, Units) sum[i] += run[i];
-    }
-    fold_all<A, Units>(sum, scratch.du_sum + first);
-  }
-
-  void output_gradients(Scratch& scratch, int64_t set, int64_t first, int64_t count) const {
-    with_rows<kDotTile>(count, [&](auto units) { output_gradient<units>(scratch, set, first); });
-  }
-
-  // The same for all units, transposed.
-  void output_gradient_transposed(Scratch& scratch, int64_t set) const {
-    for (int64_t first = 0; first < units_; first += kLanes<A>) {
-      A factor[kLanes<A>], project[kLanes<A>];
-      const int64_t count = std::min(kLanes<A>, units_ - first);
-      balanced(count, kDotTile, [&](int64_t i, int64_t length) {
-        with_rows<kDotTile>(length, [&](auto units) {
-          output_factors<units>(scratch, set, first + i, factor + i, project + i);
-        });
-      });
-      transpose_gradient(scratch, set, first, count, factor, project);
-    }
-  }
-
-  // dU = factor dY - project y of one vector of units.
-  void transpose_gradient(Scratch& scratch, int64_t set, int64_t first, int64_t count, const A* factor,
-                          const A* project) const {
-    const int64_t features = problem_.features, at = (set * units_ + first) * features;
-    const int64_t padded = panels_ * kPanel<A>;
-    const T* dy = static_cast<const T*>(args_.dy) + at;
-    const T* y = static_cast<const T*>(args_.y) + at;
-    A* transposed = scratch.du_transposed + first * padded;
-    Vec<A> sum = {};
-    for (int64_t m = 0; m < padded; m += kLanes<A>) {
-      const int64_t left = std::min(kLanes<A>, features - m);
-      Vec<A> block[kLanes<A>];
-      if (left <= 0) {
-        FASTAC_EACH (i, kLanes<A>) block[i] = Vec<A>{};
-      } else if (left == kLanes<A> && count == kLanes<A>) {
-        FASTAC_EACH (i, kLanes<A>) block[i] = Storage<T>::load(dy + i * features + m) * factor[i];
-        if (problem_.shift)
-          FASTAC_EACH (i, kLanes<A>) block[i] -= Storage<T>::load(y + i * features + m) * project[i];
-      } else {
-        FASTAC_EACH (i, kLanes<A>)
-          block[i] = i < count ? load_some(dy + i * features + m, left) * factor[i] : Vec<A>{};
-        if (problem_.shift)
-          FASTAC_EACH (i, kLanes<A>)
-            if (i < count) block[i] -= load_some(y + i * features + m, left) * project[i];
-      }
-      if (scratch.du != nullptr) {
-        A* rows = scratch.du + (m / kPanel<A> * units_ + first) * kPanel<A> + m % kPanel<A>;
-        FASTAC_EACH (i, kLanes<A>)
-          if (i < count) store_vector(rows + i * kPanel<A>, block[i]);
-      }
-      if (left <= 0) continue;
-      transpose_block<A>(block);
-      Vec<A> run = {};
-      FASTAC_EACH (i, kLanes<A>) {
-        run += block[i];
-        store_vector(transposed + (m + i) * kLanes<A>, block[i]);
-      }
-      sum += run;
-    }
-    store_vector(scratch.du_sum + first, sum);
-  }
-
-  static inline __attribute__((always_inline)) Vec<A> load_some(const T* p, int64_t count) {
-    return count == kLanes<A> ? Storage<T>::load(p) : load_partial(p, count);
-  }
-
   // Packs rows of x and brings scratch.weights to a = exp(s - max) / sum.
   void load_block(Scratch& scratch, int64_t set, int64_t begin, int64_t rows) const {
     const int64_t* position = positions(set);
-    pack_rows<T, A>(source(set), begin, rows, problem_.features, scratch.panels, scratch.offset);
+    if constexpr (kPaired)
+      pack_rows(source(set), begin, rows, problem_.features, scratch.panels, nullptr, scratch.offset);
+    else
+      pack_rows<T, A>(source(set), begin, rows, problem_.features, scratch.panels, scratch.offset);
     if (args_.saved_scores != nullptr) {
       const A* base = static_cast<const A*>(args_.saved_scores) + problem_.sets.first_row[set] * units_;
       gather_scores(ScoreSource<A>{base, 1, units_}, position, begin, rows, 0, units_, scratch.weights,
                     stride_);
-    } else if (weight_transposed_ != nullptr) {
-      score_block<A>(scratch.panels, scratch.offset, rows, problem_.features, weight_transposed_,
-                     weight_sums_, vectors_, scratch.weights, stride_);
+    } else if (score_weight_) {
+      score_block<A>(scratch.panels, scratch.offset, rows, problem_.features, score_weight_.units(0),
+                     score_weight_.sums(0), vectors_, scratch.weights, stride_);
     } else if (problem_.scores != nullptr) {
       const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
                                  problem_.scores_unit_stride, problem_.scores_position_stride};
@@ -408,15 +288,16 @@ class Backward {
     const int64_t row = problem_.features * int64_t(sizeof(T));
     const int64_t row_tiles = cpu::ceil_div(rows, kDotTile);
     if (units_in_lanes_) {
-      if (first) output_gradient_transposed(scratch, set);
-      if (needs_dot())
-        score_block<A, kDotRun>(scratch.panels, scratch.offset, rows, problem_.features,
-                                scratch.du_transposed, scratch.none, vectors_, scratch.ds, stride_);
+      if (first) output_gradient_.transposed(scratch.du, set);
+      if constexpr (!kPaired)
+        if (needs_dot())
+          score_block<A, kDotRun>(scratch.panels, scratch.offset, rows, problem_.features,
+                                  scratch.du.transposed, scratch.none, vectors_, scratch.ds, stride_);
       return;
     }
     balanced(units_, kDotTile, [&](int64_t n0, int64_t p) {
       if (first) {
-        output_gradients(scratch, set, n0, p);
+        output_gradient_.rows(scratch.du, set, n0, p);
         const int64_t begin = std::max((n0 + p) * row, kPrefetchBytes),
                       end = std::min(n0 + 2 * p, units_) * row;
         const char* y = static_cast<const char*>(args_.y) + set * units_ * row + begin;
@@ -425,11 +306,16 @@ class Backward {
         scratch.next_dy.start(dy, std::max<int64_t>(end - begin, 0), row_tiles);
       }
       if (!needs_dot()) return;
-      dot_rows<A>(scratch.du + n0 * kPanel<A>, units_ * kPanel<A>, p, scratch.panels, rows, panels_,
-                  scratch.dots, scratch.ds + n0, stride_, [&] {
+      dot_rows<A>(scratch.du.rows + n0 * kRow, units_ * kRow, p, scratch.panels, rows, panels_, scratch.dots,
+                  scratch.ds + n0, stride_, [&] {
                     scratch.next_y.step();
                     scratch.next_dy.step();
                   });
+      if (scratch.du.low == nullptr) return;
+      dot_rows<A>(scratch.du.low + n0 * kRow, units_ * kRow, p, scratch.panels, rows, panels_, scratch.dots,
+                  scratch.ds_low + n0, stride_, [] {});
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t n = n0; n < n0 + p; ++n) scratch.ds[r * stride_ + n] += scratch.ds_low[r * stride_ + n];
     });
   }
 
@@ -440,12 +326,16 @@ class Backward {
     for (int64_t n = 0; n < stride_; n += kLanes<A>) {
       const Vec<A> alpha = load_vector(alpha_ + n);
       if (needs_dot()) {
-        const Vec<A> du_sum = load_vector(scratch.du_sum + n), none = {};
+        const Vec<A> du_sum = load_vector(scratch.du.sum + n), none = {};
         Vec<A> total = {}, weight_sum = {}, offset_sum = {};
         for (int64_t r = 0; r < rows; ++r) {
           A* dot = scratch.ds + r * stride_ + n;
           const Vec<A> weight = load_vector(scratch.weights + r * stride_ + n);
-          const Vec<A> h = load_vector(dot) + du_sum * (scratch.offset[r] - center);
+          Vec<A> h = load_vector(dot);
+          if constexpr (kPaired)
+            h += load_vector(scratch.du.lost + n) * scratch.offset[r] - du_sum * center;
+          else
+            h += du_sum * (scratch.offset[r] - center);
           total += weight * h;
           weight_sum += weight;
           store_vector(dot, h);
@@ -455,14 +345,14 @@ class Backward {
         Vec<A> mean = total;
         if (!whole) {
           const Vec<A> scaled =
-              load_vector(scratch.du_u + n) - du_sum * (load_vector(beta_ + n) + alpha * center);
+              load_vector(scratch.du.dot_u + n) - du_sum * (load_vector(beta_ + n) + alpha * center);
           mean = alpha == none ? none : scaled / alpha;
         }
         for (int64_t r = 0; r < rows; ++r) {
           A* ds = scratch.ds + r * stride_ + n;
           const Vec<A> value =
               alpha * load_vector(scratch.weights + r * stride_ + n) * (load_vector(ds) - mean);
-          offset_sum += value * (scratch.offset[r] - center);
+          offset_sum += value * (kPaired ? -center : scratch.offset[r] - center);
           store_vector(ds, value);
         }
         store_vector(scratch.ds_offset + n, offset_sum);
@@ -473,10 +363,20 @@ class Backward {
           store_vector(weight, alpha * load_vector(weight));
         }
     }
-    if (needs(kNeedX))
-      transpose<A>(scratch.weights, stride_, rows, units_, scratch.by_unit_weights, scratch.row_stride);
-    if (needs_ds() && needs(kNeedX | kNeedScores | kNeedPositionBias))
-      transpose<A>(scratch.ds, stride_, rows, units_, scratch.by_unit_ds, scratch.row_stride);
+    if constexpr (kPaired) {
+      if (needs(kNeedX))
+        pair_units(scratch.weights, stride_, rows, units_, scratch.by_unit_weights, scratch.row_stride);
+      if (needs_ds() && needs(kNeedX))
+        pair_units(scratch.ds, stride_, rows, units_, scratch.by_unit_ds, scratch.row_stride);
+      if (needs_ds() && needs(kNeedWeight))
+        pair_positions(scratch.ds, stride_, rows, vectors_, nullptr, scratch.offset, scratch.weight_gradient,
+                       scratch.rest);
+    } else {
+      if (needs(kNeedX))
+        transpose<A>(scratch.weights, stride_, rows, units_, scratch.by_unit_weights, scratch.row_stride);
+      if (needs_ds() && needs(kNeedX))
+        transpose<A>(scratch.ds, stride_, rows, units_, scratch.by_unit_ds, scratch.row_stride);
+    }
   }
 
   int64_t dscores_begin(int64_t set) const {
@@ -490,12 +390,12 @@ class Backward {
     if (needs(kNeedScores))
       for (int64_t n = 0; n < units_; ++n) {
         A* out = static_cast<A*>(args_.dscores) + dscores_begin(set) + n * args_.dscores_unit_stride;
-        for (int64_t r = 0; r < rows; ++r) out[place(r)] = scratch.by_unit_ds[n * scratch.row_stride + r];
+        for (int64_t r = 0; r < rows; ++r) out[place(r)] = scratch.ds[r * stride_ + n];
       }
     if (dposition_bias_)
       for (int64_t n = 0; n < units_; ++n) {
         A* out = dposition_bias_ + (c * units_ + n) * problem_.max_length;
-        for (int64_t r = 0; r < rows; ++r) out[place(r)] += scratch.by_unit_ds[n * scratch.row_stride + r];
+        for (int64_t r = 0; r < rows; ++r) out[place(r)] += scratch.ds[r * stride_ + n];
       }
   }
 
@@ -507,15 +407,21 @@ class Backward {
     const int64_t features = problem_.features, panel = units_ * kPanel<A>;
     T* dx = needs(kNeedX) ? static_cast<T*>(args_.dx) + problem_.sets.first_row[set] * features : nullptr;
     A* dweight = dweight_ ? dweight_ + c * dweight_size() : nullptr;
+    const int64_t row_operands = summed<O>(rows), unit_operands = summed<O>(units_);
     for (int64_t p = 0; p < panels_; ++p) {
-      if (dx != nullptr)
+      if (dx != nullptr) {
+        const O* du = scratch.du.rows + p * units_ * kRow;
+        if constexpr (kPaired) {
+          pair_rows(du, units_, scratch.du_panel);
+          du = scratch.du_panel;
+        }
         balanced(rows, kTileRows, [&](int64_t r0, int64_t count) {
-          panel_kernel<A, Start::kZero>(count)(scratch.tile, nullptr, scratch.by_unit_weights + r0,
-                                               scratch.row_stride, scratch.du + p * panel, kPanel<A>, units_);
+          panel_kernel<A, O, Start::kZero>(count)(scratch.tile, nullptr, scratch.by_unit_weights + r0,
+                                                  scratch.row_stride, du, kPanel<A>, unit_operands);
           if (weight_panels_ != nullptr)
-            panel_kernel<A, Start::kLoad>(count)(scratch.tile, nullptr, scratch.by_unit_ds + r0,
-                                                 scratch.row_stride, weight_panels_ + p * panel, kPanel<A>,
-                                                 units_);
+            panel_kernel<A, O, Start::kLoad>(count)(
+                scratch.tile, nullptr, scratch.by_unit_ds + r0, scratch.row_stride,
+                weight_panels_ + p * unit_operands * kPanel<A>, kPanel<A>, unit_operands);
           scratch.step();
           for (int64_t i = 0; i < count; ++i) {
             const int64_t row = position ? position[begin + r0 + i] : begin + r0 + i;
@@ -525,23 +431,31 @@ class Backward {
             store_panel<T, A>(dx + row * features, p, features, value, stream_);
           }
         });
-      const A* x = scratch.panels + p * rows * kPanel<A>;
-      if (dweight != nullptr && units_in_lanes_)
+      }
+      if (dweight == nullptr) continue;
+      const O* x = scratch.panels + p * rows * kRow;
+      if constexpr (kPaired) {
+        pair_rows(x, rows, scratch.x_panel);
+        x = scratch.x_panel;
+      } else if (units_in_lanes_) {
         for (int64_t n = 0; n < stride_; n += kPanel<A>)
           balanced(std::min(kPanel<A>, features - p * kPanel<A>), kTileRows, [&](int64_t m, int64_t count) {
-            panel_kernel<A, Start::kLoad>(count)(dweight + n * features + (p * kPanel<A> + m) * kPanel<A>,
-                                                 nullptr, x + m, kPanel<A>, scratch.ds + n, stride_, rows);
+            panel_kernel<A, A, Start::kLoad>(count)(dweight + n * features + (p * kPanel<A> + m) * kPanel<A>,
+                                                    nullptr, x + m, kPanel<A>, scratch.ds + n, stride_, rows);
             scratch.step();
           });
-      else if (dweight != nullptr)
-        balanced(units_, kTileRows, [&](int64_t n0, int64_t count) {
-          panel_kernel<A, Start::kLoad>(count)(dweight + p * panel + n0 * kPanel<A>, nullptr, scratch.ds + n0,
-                                               stride_, x, kPanel<A>, rows);
-          scratch.step();
-        });
+        continue;
+      }
+      balanced(units_, kTileRows, [&](int64_t n0, int64_t count) {
+        panel_kernel<A, O, Start::kLoad>(count)(dweight + p * panel + n0 * kPanel<A>, nullptr,
+                                                scratch.weight_gradient + n0, stride_, x, kPanel<A>,
+                                                row_operands);
+        scratch.step();
+      });
     }
     if (dweight != nullptr)
-      for (int64_t n = 0; n < units_; ++n) dweight_offset_[c * units_ + n] += scratch.ds_offset[n];
+      for (int64_t n = 0; n < units_; ++n)
+        dweight_offset_[c * units_ + n] += scratch.ds_offset[n] + (kPaired ? scratch.rest[n] : A(0));
   }
 
   // dX is 0 where a position takes no part. Each segment clears the gap before each of its positions, the
@@ -570,7 +484,7 @@ class Backward {
     const bool first = segment.begin == 0;
     const A root_features = std::sqrt(A(problem_.features));
     for (int64_t n = 0; n < units_; ++n) {
-      if (dbeta_ && first) dbeta_[c * units_ + n] += scratch.du_sum[n];
+      if (dbeta_ && first) dbeta_[c * units_ + n] += scratch.du.sum[n];
       if (!dalpha_) continue;
       if (problem_.sets.length[segment.set] == 0) continue;  // z = 0
       const A norm = stats(2, segment.set, n);
@@ -579,7 +493,7 @@ class Backward {
       if (!through_beta)
         dalpha_[c * units_ + n] += scratch.dalpha[n];
       else if (first)
-        dalpha_[c * units_ + n] -= beta(n) * scratch.du_sum[n] / alpha(n);
+        dalpha_[c * units_ + n] -= beta(n) * scratch.du.sum[n] / alpha(n);
     }
   }
 
@@ -641,12 +555,11 @@ class Backward {
   const cpu::Plan plan_;
   const int64_t panels_, units_, vectors_, stride_;
   const bool units_in_lanes_;
-  const A root_units_;
+  const OutputGradient<T, O> output_gradient_;
   const bool stream_;
-  cpu::Buffer packed_panels_, packed_transposed_, partials_;
-  const A* weight_panels_ = nullptr;
-  const A* weight_transposed_ = nullptr;
-  const A* weight_sums_ = nullptr;
+  cpu::Buffer packed_panels_, partials_;
+  const O* weight_panels_ = nullptr;
+  ScoreWeight<T, O> score_weight_;
   A* dweight_ = nullptr;
   A* dweight_offset_ = nullptr;
   A* dposition_bias_ = nullptr;

@@ -17,6 +17,7 @@ const CpuKernels* find(int64_t isa) {
     case kAvx2: return &kAvx2Kernels;
     case kAvx512: return &kAvx512Kernels;
     case kAvx512Bf16: return &kAvx512Bf16Kernels;
+    case kAvx512Bf16Dot: return &kAvx512Bf16DotKernels;
 #endif
     default: return nullptr;
   }
@@ -29,10 +30,20 @@ bool runs(int64_t isa) {
     case kAvx512:
       return runs(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    case kAvx512Bf16: return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
+    case kAvx512Bf16:
+    case kAvx512Bf16Dot: return runs(kAvx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == kBaseline;
+}
+
+// Whether an instruction set that runs is the better choice than the ones below it. By maker, not by a
+// measurement: the choice decides which bits come out.
+bool pays(int64_t isa) {
+#if defined(__x86_64__)
+  if (isa == kAvx512Bf16Dot) return __builtin_cpu_is("amd");
+#endif
+  return true;
 }
 
 int64_t check(int64_t isa, const std::string& asked) {
@@ -53,7 +64,7 @@ int64_t choose() {
   }
   int64_t best = kBaseline;
   for (int64_t i = 0; i < kIsaCount; ++i)
-    if (runs(i)) best = i;
+    if (runs(i) && pays(i)) best = i;
   return best;
 }
 

@@ -6,9 +6,10 @@
 // while the next rows are computed. Longer sets keep running sums and combine blocks, and segments of one
 // set, by their running maximum. Included inside an anonymous namespace.
 
-template <typename T>
+template <typename T, typename O = typename Accumulator<T>::type>
 class Forward {
   using A = typename Accumulator<T>::type;
+  static constexpr bool kPaired = kSummands<O> > 1;
 
  public:
   Forward(const Problem& problem, const ForwardOutputs& out, ParallelFor parallel_for)
@@ -25,7 +26,7 @@ class Forward {
   }
 
   void run() {
-    pack_weight();
+    if (problem_.weight != nullptr) weight_.pack(problem_, parallel_for_);
     if (plan_.partials > 0) workspace_ = cpu::allocate(plan_.partials * partial_size() * sizeof(A));
     const int64_t blocks = cpu::ceil_div(problem_.units, plan_.unit_block),
                   tasks = int64_t(plan_.tasks.size());
@@ -62,20 +63,35 @@ class Forward {
     int64_t layout(const Forward& f, void* base) {
       const int64_t units = cpu::ceil_div(f.plan_.unit_block, kLanes<A>) * kLanes<A>;
       cpu::Arena arena(base);
-      panels = arena.take<A>(f.plan_.block_rows * f.panels_ * kPanel<A>);
+      by_feature = arena.take<O>(f.plan_.block_rows * f.panels_ * kPanelOperands<A, O>);
       scores = arena.take<A>(f.plan_.block_rows * units);
+      by_position = by_feature;
+      coefficients = reinterpret_cast<O*>(scores);
+      if constexpr (kPaired) {
+        by_position = arena.take<O>(summed<O>(f.plan_.block_rows) * f.panels_ * kPanel<A>);
+        coefficients = arena.take<O>(summed<O>(f.plan_.block_rows) * units);
+      }
       offset = arena.take<A>(f.plan_.block_rows);
       softmax.max = arena.take<A>(units);
       softmax.sum = arena.take<A>(units);
       softmax.offset_sum = arena.take<A>(units);
       softmax.scale = arena.take<A>(units);
       shift = arena.take<A>(units);
+      if constexpr (kPaired) {
+        rest = arena.take<A>(units);
+        none = arena.take<A>(f.plan_.block_rows);
+        for (int64_t r = 0; none != nullptr && r < f.plan_.block_rows; ++r) none[r] = 0;
+      }
       u = arena.take<A>(f.problem_.features <= cpu::kShortRow ? f.panels_ * kPanel<A> * kPanel<A> : 0);
       sums = arena.take<A>(std::max<int64_t>(2 * kTileRows, f.plan_.unit_block) * f.panels_ * kPanel<A>);
       return arena.used();
     }
 
-    A *panels, *scores, *offset, *shift, *u, *sums;
+    O *by_feature, *by_position;  // a block of x for sums over features and over positions
+    A* scores;                    // [position][unit], then exp(score - max)
+    O* coefficients;              // [position][unit]: of the weighted sums
+    A *offset, *shift, *u, *sums;
+    A *rest = nullptr, *none = nullptr;  // with pairs: what rounding took from the offset; (block_rows) zeros
     RunningSoftmax<A> softmax;
     Pending pending;
     Prefetch prefetch;
@@ -91,27 +107,13 @@ class Forward {
                            cpu::ceil_div(units, kTileRows) * panels_);
   }
 
-  void pack_weight() {
-    if (problem_.weight == nullptr) return;
-    const int64_t vectors = cpu::ceil_div(problem_.units, kLanes<A>), size = panels_ * kPanel<A> * kLanes<A>;
-    packed_weight_ = cpu::allocate(vectors * (size + kLanes<A>)*sizeof(A));
-    A* packed = static_cast<A*>(packed_weight_.get());
-    weight_ = packed;
-    weight_sums_ = packed + vectors * size;
-    cpu::parallel(parallel_for_, vectors, [&](int64_t begin, int64_t end) {
-      for (int64_t v = begin; v < end; ++v)
-        pack_transposed<T, A>(static_cast<const T*>(problem_.weight), problem_.units, problem_.features,
-                              v * kLanes<A>, packed + v * size, packed + vectors * size + v * kLanes<A>);
-    });
-  }
-
   void segment(Scratch& scratch, const cpu::Segment& segment, int64_t unit_begin, int64_t units) const {
     const int64_t rows = segment.end - segment.begin;
     const int64_t vectors = cpu::ceil_div(units, kLanes<A>);
     scratch.softmax.reset(vectors * kLanes<A>);
     if (segment.partial < 0 && rows <= plan_.block_rows) {
       load_block(scratch, segment.set, segment.begin, rows, unit_begin, units);
-      scratch.softmax.block(scratch.scores, vectors * kLanes<A>, scratch.offset, rows, vectors);
+      exponentials(scratch, rows, vectors);
       write_stats(scratch.softmax, segment.set, unit_begin, units);
       finish_block(scratch, segment.set, rows, unit_begin, units);
       return;
@@ -120,7 +122,7 @@ class Forward {
     std::memset(scratch.sums, 0, units * panels_ * kPanel<A> * sizeof(A));
     balanced(rows, plan_.block_rows, [&](int64_t start, int64_t count) {
       load_block(scratch, segment.set, segment.begin + start, count, unit_begin, units);
-      scratch.softmax.block(scratch.scores, vectors * kLanes<A>, scratch.offset, count, vectors);
+      exponentials(scratch, count, vectors);
       accumulate(scratch, count, units);
     });
     if (segment.partial < 0) {
@@ -149,13 +151,15 @@ class Forward {
     const int64_t* position = sets.position ? sets.position + sets.begin[set] : nullptr;
     const RowSource<T> source{static_cast<const T*>(problem_.x) + problem_.x_begin(set),
                               problem_.x_row_stride, position};
-    pack_rows<T, A>(source, begin, rows, problem_.features, scratch.panels, scratch.offset);
+    if constexpr (kPaired)
+      pack_rows(source, begin, rows, problem_.features, weight_ ? scratch.by_feature : nullptr,
+                scratch.by_position, scratch.offset);
+    else
+      pack_rows<T, A>(source, begin, rows, problem_.features, scratch.by_feature, scratch.offset);
     const int64_t vectors = cpu::ceil_div(units, kLanes<A>), stride = vectors * kLanes<A>;
-    if (weight_ != nullptr) {
-      const int64_t first = unit_begin / kLanes<A>;
-      score_block<A>(scratch.panels, scratch.offset, rows, problem_.features,
-                     weight_ + first * panels_ * kPanel<A> * kLanes<A>, weight_sums_ + unit_begin, vectors,
-                     scratch.scores, stride);
+    if (weight_) {
+      score_block<A>(scratch.by_feature, scratch.offset, rows, problem_.features, weight_.units(unit_begin),
+                     weight_.sums(unit_begin), vectors, scratch.scores, stride);
     } else if (problem_.scores != nullptr) {
       const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
                                  problem_.scores_unit_stride, problem_.scores_position_stride};
@@ -171,6 +175,12 @@ class Forward {
         std::memcpy(static_cast<A*>(out_.saved_scores) +
                         (sets.first_row[set] + source.index(begin + r)) * problem_.units + unit_begin,
                     scratch.scores + r * stride, units * sizeof(A));
+  }
+
+  // Of the scores of a block. As pairs x keeps its offset, so that none is added up here.
+  void exponentials(Scratch& scratch, int64_t rows, int64_t vectors) const {
+    scratch.softmax.block(scratch.scores, vectors * kLanes<A>, kPaired ? scratch.none : scratch.offset, rows,
+                          vectors);
   }
 
   void write_stats(const RunningSoftmax<A>& softmax, int64_t set, int64_t unit_begin, int64_t units) const {
@@ -207,16 +217,22 @@ class Forward {
       coefficient[n] = scale;
       scratch.shift[n] = n < units ? scale * scratch.softmax.offset_sum[n] + beta(unit_begin + n) : A(0);
     }
-    // Rows of few vectors do not fill a panel and wait long for their norm: units take the lanes instead.
-    if (problem_.features <= cpu::kShortRow && stride % kPanel<A> == 0) {
-      for (int64_t n = 0; n < stride; n += kPanel<A>)
-        unit_panel(scratch, rows, stride, n, set, unit_begin, units);
-      return;
+    if constexpr (kPaired) {
+      pair_positions(scratch.scores, stride, rows, stride / kLanes<A>, coefficient, scratch.offset,
+                     scratch.coefficients, scratch.rest);
+      for (int64_t n = 0; n < units; ++n) scratch.shift[n] += scratch.rest[n];
+    } else {
+      // Rows of few vectors do not fill a panel and wait long for their norm: units take the lanes instead.
+      if (problem_.features <= cpu::kShortRow && stride % kPanel<A> == 0) {
+        for (int64_t n = 0; n < stride; n += kPanel<A>)
+          unit_panel(scratch, rows, stride, n, set, unit_begin, units);
+        return;
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t n = 0; n < stride; n += kLanes<A>)
+          store_vector(scratch.scores + r * stride + n,
+                       load_vector(scratch.scores + r * stride + n) * load_vector(coefficient + n));
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t n = 0; n < stride; n += kLanes<A>)
-        store_vector(scratch.scores + r * stride + n,
-                     load_vector(scratch.scores + r * stride + n) * load_vector(coefficient + n));
     balanced(units, kTileRows, [&](int64_t n0, int64_t count) {
       with_rows<kTileRows>(count, [&](auto tile_rows) {
         A* u = scratch.pending.rows == scratch.sums ? scratch.sums + kTileRows * panels_ * kPanel<A>
@@ -242,8 +258,8 @@ class Forward {
       balanced(std::min(kPanel<A>, features - p * kPanel<A>), kTileRows, [&](int64_t m, int64_t length) {
         scratch.prefetch.step();
         A* u = scratch.u + (p * kPanel<A> + m) * kPanel<A>;
-        panel_kernel<A, Start::kZero>(length)(u, nullptr, scratch.panels + p * rows * kPanel<A> + m,
-                                              kPanel<A>, scratch.scores + n0, stride, rows);
+        panel_kernel<A, A, Start::kZero>(length)(u, nullptr, scratch.by_position + p * rows * kPanel<A> + m,
+                                                 kPanel<A>, scratch.scores + n0, stride, rows);
       });
     for (int64_t begin = 0; begin < features; begin += kSquareRun) {
       Vec<A> run[kTileVectors] = {};
@@ -296,21 +312,27 @@ class Forward {
     const bool shift = problem_.shift;
     for (int64_t p = 0; p < panels_; ++p) {
       scratch.prefetch.step();
+      if constexpr (kPaired) write_pending(pending, kTileRows);
       Tile<A, Rows, kTileVectors> tile;
       tile.fill_rows(scratch.shift + n0);
       if ((p + 1) * kPanel<A> > problem_.features) tile.scale_columns(last_panel_);
-      // Half of the finished rows leave in the middle: the stores of a whole tile at once would queue up.
-      const A* panel = scratch.panels + p * rows * kPanel<A>;
-      const int64_t half = rows / 2;
-      tile.template multiply_add<1>(scratch.scores + n0, stride, panel, kPanel<A>, half);
-      write_pending(scratch.pending, kTileRows / 2);
-      tile.template multiply_add<1>(scratch.scores + n0 + half * stride, stride, panel + half * kPanel<A>,
-                                    kPanel<A>, rows - half);
+      const int64_t operands = summed<O>(rows);
+      const O* panel = scratch.by_position + p * operands * kPanel<A>;
+      if constexpr (kPaired) {
+        tile.template add_products<1>(scratch.coefficients + n0, stride, panel, kPanel<A>, operands);
+      } else {
+        // Half of the finished rows leave in the middle: the stores of a whole tile at once would queue up.
+        const int64_t half = operands / 2;
+        tile.template add_products<1>(scratch.coefficients + n0, stride, panel, kPanel<A>, half);
+        write_pending(pending, kTileRows / 2);
+        tile.template add_products<1>(scratch.coefficients + n0 + half * stride, stride,
+                                      panel + half * kPanel<A>, kPanel<A>, operands - half);
+      }
       if (shift) {
         FASTAC_EACH (i, Rows)
           FASTAC_EACH (v, kTileVectors) squares[i] += tile.acc[i][v] * tile.acc[i][v];
         tile.store(u + p * Rows * kPanel<A>);
-        write_pending(pending, kTileRows / 2);
+        if constexpr (!kPaired) write_pending(pending, kTileRows / 2);
       } else {
         T* y = y_row(set, unit);
         for (int i = 0; i < Rows; ++i)
@@ -357,12 +379,18 @@ class Forward {
 
   // sums = sums * scale + exp(s - max) d, over one block of a long set.
   void accumulate(Scratch& scratch, int64_t rows, int64_t units) const {
-    const int64_t stride = cpu::ceil_div(units, kLanes<A>) * kLanes<A>;
+    const int64_t stride = cpu::ceil_div(units, kLanes<A>) * kLanes<A>, operands = summed<O>(rows);
+    if constexpr (kPaired) {
+      pair_positions(scratch.scores, stride, rows, stride / kLanes<A>, nullptr, scratch.offset,
+                     scratch.coefficients, scratch.rest);
+      for (int64_t n = 0; n < units; ++n) scratch.softmax.offset_sum[n] += scratch.rest[n];
+    }
     for (int64_t p = 0; p < panels_; ++p)
       balanced(units, kTileRows, [&](int64_t n0, int64_t count) {
-        panel_kernel<A, Start::kScale>(count)(scratch.sums + (p * units + n0) * kPanel<A>,
-                                              scratch.softmax.scale + n0, scratch.scores + n0, stride,
-                                              scratch.panels + p * rows * kPanel<A>, kPanel<A>, rows);
+        panel_kernel<A, O, Start::kScale>(count)(scratch.sums + (p * units + n0) * kPanel<A>,
+                                                 scratch.softmax.scale + n0, scratch.coefficients + n0,
+                                                 stride, scratch.by_position + p * operands * kPanel<A>,
+                                                 kPanel<A>, operands);
       });
   }
 
@@ -449,7 +477,6 @@ class Forward {
   const bool stream_;
   A last_panel_[kPanel<A>];  // 1 for columns of the last panel before M, 0 beyond: the shift must not count
                              // in the norm
-  cpu::Buffer packed_weight_, workspace_;
-  const A* weight_ = nullptr;
-  const A* weight_sums_ = nullptr;
+  cpu::Buffer workspace_;
+  ScoreWeight<T, O> weight_;
 };

@@ -168,11 +168,15 @@ class Prefetch {
 
 constexpr int64_t kStreamBytes = 32 << 20;  // results at least this large are stored past the caches
 
+// Whether a panel of a row of T is a number of whole vectors of memory.
+template <typename T>
+constexpr bool kWholePanels =
+    kPanel<typename Accumulator<T>::type> * int64_t(sizeof(T)) % FASTAC_VECTOR_BYTES == 0;
+
 // Whether rows of `features` elements in `bytes` bytes of results are to be streamed.
 template <typename T>
 inline bool streams(const void* p, int64_t features, int64_t bytes) {
-  using A = typename Accumulator<T>::type;
-  return kCanStream && std::is_same_v<T, A> && bytes >= kStreamBytes &&
+  return kCanStream && kWholePanels<T> && bytes >= kStreamBytes &&
          features * int64_t(sizeof(T)) % FASTAC_VECTOR_BYTES == 0 &&
          reinterpret_cast<uintptr_t>(p) % FASTAC_VECTOR_BYTES == 0;
 }
@@ -182,13 +186,20 @@ template <typename T, typename A>
 inline __attribute__((always_inline)) void store_panel(T* row, int64_t panel, int64_t features,
                                                        const Vec<A>* value, bool stream) {
   const int64_t start = panel * kPanel<A>;
-  if constexpr (std::is_same_v<T, A>) {
-    if (stream && start + kPanel<A> <= features) {
-      FASTAC_EACH (v, kTileVectors) stream_vector(row + start + v * kLanes<A>, value[v]);
+  if (start + kPanel<A> <= features) {
+    if constexpr (std::is_same_v<T, A>) {
+      if (stream) {
+        FASTAC_EACH (v, kTileVectors) stream_vector(row + start + v * kLanes<A>, value[v]);
+        return;
+      }
+    } else if constexpr (kTileVectors == 2) {
+      const VecU16 both = join(narrow(value[0], T{}), narrow(value[1], T{}));
+      if (stream)
+        stream_bytes(row + start, &both, std::integral_constant<int, FASTAC_VECTOR_BYTES>{});
+      else
+        __builtin_memcpy(row + start, &both, sizeof both);
       return;
     }
-  }
-  if (start + kPanel<A> <= features) {
     FASTAC_EACH (v, kTileVectors) Storage<T>::store(row + start + v * kLanes<A>, value[v]);
     return;
   }

@@ -5,33 +5,74 @@
 // grows with it.
 constexpr int64_t kScoreRun = 256;
 
+// W as score_block takes it: [vector of units][feature][unit], zero beyond N and M, and sum_m W[n, m].
+template <typename T, typename O>
+class ScoreWeight {
+  using A = typename Accumulator<T>::type;
+
+ public:
+  void pack(const Problem& problem, ParallelFor parallel_for) {
+    const int64_t vectors = cpu::ceil_div(problem.units, kLanes<A>);
+    size_ = panel_count<A>(problem.features) * kPanelOperands<A, O> * kLanes<A>;
+    memory_ = cpu::allocate(vectors * (size_ * int64_t(sizeof(O)) + kLanes<A> * int64_t(sizeof(A))));
+    weight_ = static_cast<O*>(memory_.get());
+    sums_ = reinterpret_cast<A*>(weight_ + vectors * size_);
+    const T* weight = static_cast<const T*>(problem.weight);
+    cpu::parallel(parallel_for, vectors, [&](int64_t begin, int64_t end) {
+      for (int64_t v = begin; v < end; ++v) {
+        const int64_t first = v * kLanes<A>;
+        if constexpr (kSummands<O> > 1)
+          pack_transposed(weight, problem.units, problem.features, first, weight_ + v * size_);
+        else
+          pack_transposed<T, A>(weight, problem.units, problem.features, first, weight_ + v * size_,
+                                sums_ + first);
+      }
+    });
+  }
+
+  explicit operator bool() const { return weight_ != nullptr; }
+  const O* units(int64_t begin) const { return weight_ + begin / kLanes<A> * size_; }
+  const A* sums(int64_t begin) const { return sums_ + begin; }
+
+ private:
+  cpu::Buffer memory_;
+  O* weight_ = nullptr;
+  A* sums_ = nullptr;  // not filled for pairs, from which no offset was taken
+  int64_t size_ = 0;
+};
+
 // S[r, n] = sum_m x[r, m] weight[n, m] (Eq. 4) for r < rows and the units of `vectors` packed vectors.
-template <typename A, int64_t Run = kScoreRun>
-inline void score_block(const A* panels, const A* offset, int64_t rows, int64_t features,
-                        const A* packed_weight, const A* weight_sums, int64_t vectors, A* scores,
+template <typename A, int64_t Run = kScoreRun, typename O>
+inline void score_block(const O* panels, const A* offset, int64_t rows, int64_t features,
+                        const O* packed_weight, const A* weight_sums, int64_t vectors, A* scores,
                         int64_t stride) {
-  const int64_t count = panel_count<A>(features), padded = count * kPanel<A>,
+  constexpr int64_t kRow = kPanelOperands<A, O>;
+  const int64_t count = panel_count<A>(features), padded = count * kRow, operands = summed<O>(features),
                 run_panels = std::max<int64_t>(Run / kPanel<A>, 1);
   auto run = [&](int64_t first, auto width) {
     constexpr int kWidth = decltype(width)::value;
     balanced(rows, kTileRows, [&](int64_t r0, int64_t n) {
       with_rows<kTileRows>(n, [&](auto tile_rows) {
-        const A* weight = packed_weight + first * padded * kLanes<A>;
+        const O* weight = packed_weight + first * padded * kLanes<A>;
         for (int64_t p = 0; p < count;) {
           const int64_t end = std::min(p + run_panels, count);
           const bool starts = p == 0;
           Tile<A, tile_rows, kWidth> tile;
           tile.fill(0);
           for (; p < end; ++p)
-            tile.template multiply_add<kPanel<A>>(
-                panels + (p * rows + r0) * kPanel<A>, 1, weight + p * kPanel<A> * kLanes<A>, kLanes<A>,
-                std::min(kPanel<A>, features - p * kPanel<A>), padded * kLanes<A>);
+            tile.template add_products<kRow>(panels + (p * rows + r0) * kRow, 1,
+                                             weight + p * kRow * kLanes<A>, kLanes<A>,
+                                             std::min(kRow, operands - p * kRow), padded * kLanes<A>);
           for (int i = 0; i < tile_rows; ++i)
             for (int v = 0; v < kWidth; ++v) {
               const int64_t at = (first + v) * kLanes<A>;
               A* s = scores + (r0 + i) * stride + at;
-              store_vector(s, tile.acc[i][v] +
-                                  (starts ? load_vector(weight_sums + at) * offset[r0 + i] : load_vector(s)));
+              Vec<A> before = {};
+              if (!starts)
+                before = load_vector(s);
+              else if (kSummands<O> == 1)
+                before = load_vector(weight_sums + at) * offset[r0 + i];
+              store_vector(s, tile.acc[i][v] + before);
             }
         }
       });

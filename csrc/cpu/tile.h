@@ -4,11 +4,31 @@
 //
 // Panels: a matrix of `rows` x M is kept as [M / kPanel][rows][kPanel], zero beyond M, so that whatever a
 // tile touches is contiguous and aligned whatever M is.
+//
+// An operand O of a product is a number of the accumulator type, or a Pair of bfloat16 whose products are
+// summed in one instruction; kSummands says how many. What is summed over lies in pairs: in a product that
+// sums over features a row of a panel has kPanel / kSummands operands, in one that sums over rows a panel has
+// rows / kSummands of them.
 
 constexpr int kTileRows = FASTAC_TILE_ROWS;
 constexpr int kTileVectors = FASTAC_TILE_VECTORS;
 template <typename A>
 constexpr int64_t kPanel = kTileVectors * kLanes<A>;
+
+using Pair = int32_t;  // two bfloat16, the first one in the lower half
+template <typename O>
+constexpr int64_t kSummands = std::is_same_v<O, Pair> ? 2 : 1;
+
+// sum + a b, with pairs the two products of each.
+template <typename A, typename O>
+inline __attribute__((always_inline)) Vec<A> multiply_add(Vec<A> sum, Vec<O> a, Vec<O> b) {
+#if defined(FASTAC_BFLOAT16_DOT)
+  if constexpr (kSummands<O> == 2)
+    return (Vec<A>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  else
+#endif
+    return sum + a * b;
+}
 
 // A loop over a small constant range that must be unrolled for its arrays to live in registers.
 #define FASTAC_EACH(i, count) _Pragma("GCC unroll 32") for (int i = 0; i < (count); ++i)
@@ -48,16 +68,16 @@ struct Tile {
   }
 
   // acc[r, v] += sum_k row[k * row_step + r * RowStride] * column[k * column_step + v * vector_stride]
-  template <int64_t RowStride>
-  inline __attribute__((always_inline)) void multiply_add(const A* row, int64_t row_step, const A* column,
+  template <int64_t RowStride, typename O>
+  inline __attribute__((always_inline)) void add_products(const O* row, int64_t row_step, const O* column,
                                                           int64_t column_step, int64_t count,
                                                           int64_t vector_stride = kLanes<A>) {
     for (int64_t k = 0; k < count; ++k) {
-      Vec<A> b[Vectors];
+      Vec<O> b[Vectors];
       FASTAC_EACH (v, Vectors) b[v] = load_vector(column + v * vector_stride);
       FASTAC_EACH (r, Rows) {
-        Vec<A> a = broadcast<A>(row[r * RowStride]);
-        FASTAC_EACH (v, Vectors) acc[r][v] += a * b[v];
+        Vec<O> a = broadcast<O>(row[r * RowStride]);
+        FASTAC_EACH (v, Vectors) acc[r][v] = multiply_add<A, O>(acc[r][v], a, b[v]);
       }
       row += row_step;
       column += column_step;
@@ -176,8 +196,10 @@ inline void transpose(const A* in, int64_t in_stride, int64_t rows, int64_t colu
 }
 
 // acc[i * Q + j] += lane sums of p[i, m] * q[j, m] over `panels` panels, i < P, j < Q; from zero if `first`.
-template <typename A, int P, int Q>
-void dot_tile(const A* p, int64_t p_panel, const A* q, int64_t q_panel, int64_t panels, A* sums, bool first) {
+template <typename A, typename O, int P, int Q>
+void dot_tile(const O* p, int64_t p_panel, const O* q, int64_t q_panel, int64_t panels, A* sums, bool first) {
+  constexpr int kVectors = kTileVectors / kSummands<O>;
+  constexpr int64_t kRow = kVectors * kLanes<A>;
   Vec<A> acc[P * Q];
   if (first) {
     FASTAC_EACH (i, P * Q) acc[i] = Vec<A>{};
@@ -185,12 +207,12 @@ void dot_tile(const A* p, int64_t p_panel, const A* q, int64_t q_panel, int64_t 
     FASTAC_EACH (i, P * Q) acc[i] = load_vector(sums + i * kLanes<A>);
   }
   for (int64_t panel = 0; panel < panels; ++panel) {
-    FASTAC_EACH (v, kTileVectors) {
-      Vec<A> b[Q];
-      FASTAC_EACH (j, Q) b[j] = load_vector(q + j * kPanel<A> + v * kLanes<A>);
+    FASTAC_EACH (v, kVectors) {
+      Vec<O> b[Q];
+      FASTAC_EACH (j, Q) b[j] = load_vector(q + j * kRow + v * kLanes<A>);
       FASTAC_EACH (i, P) {
-        Vec<A> a = load_vector(p + i * kPanel<A> + v * kLanes<A>);
-        FASTAC_EACH (j, Q) acc[i * Q + j] += a * b[j];
+        Vec<O> a = load_vector(p + i * kRow + v * kLanes<A>);
+        FASTAC_EACH (j, Q) acc[i * Q + j] = multiply_add<A, O>(acc[i * Q + j], a, b[j]);
       }
     }
     p += p_panel;
@@ -210,19 +232,19 @@ void dot_finish(const A* sums, A* out, int64_t out_stride) {
     FASTAC_EACH (j, Q) out[j * out_stride + i] = folded[i * Q + j];
 }
 
-template <typename A>
+template <typename A, typename O>
 struct DotKernel {
-  void (*accumulate)(const A*, int64_t, const A*, int64_t, int64_t, A*, bool);
+  void (*accumulate)(const O*, int64_t, const O*, int64_t, int64_t, A*, bool);
   void (*finish)(const A*, A*, int64_t);
 };
-template <typename A, int... Index>
-constexpr std::array<DotKernel<A>, sizeof...(Index)> dot_kernels(std::integer_sequence<int, Index...>) {
-  return {DotKernel<A>{&dot_tile<A, Index / kDotTile + 1, Index % kDotTile + 1>,
-                       &dot_finish<A, Index / kDotTile + 1, Index % kDotTile + 1>}...};
+template <typename A, typename O, int... Index>
+constexpr std::array<DotKernel<A, O>, sizeof...(Index)> dot_kernels(std::integer_sequence<int, Index...>) {
+  return {DotKernel<A, O>{&dot_tile<A, O, Index / kDotTile + 1, Index % kDotTile + 1>,
+                          &dot_finish<A, Index / kDotTile + 1, Index % kDotTile + 1>}...};
 }
-template <typename A>
-inline const DotKernel<A>& dot_kernel(int64_t p, int64_t q) {
-  static constexpr auto kTable = dot_kernels<A>(std::make_integer_sequence<int, kDotTile * kDotTile>{});
+template <typename A, typename O>
+inline const DotKernel<A, O>& dot_kernel(int64_t p, int64_t q) {
+  static constexpr auto kTable = dot_kernels<A, O>(std::make_integer_sequence<int, kDotTile * kDotTile>{});
   return kTable[(p - 1) * kDotTile + q - 1];
 }
 
@@ -232,23 +254,24 @@ constexpr int64_t kDotBytes = 16 << 10;
 
 // out[j * out_stride + i] = sum_m p[i, m] * q[j, m] for i < count <= kDotTile and j < rows. `sums` holds
 // dot_sums(rows) numbers; `between` is called once per tile.
-template <typename A, typename F>
-inline void dot_rows(const A* p, int64_t p_panel, int64_t count, const A* q, int64_t rows, int64_t panels,
+template <typename A, typename O, typename F>
+inline void dot_rows(const O* p, int64_t p_panel, int64_t count, const O* q, int64_t rows, int64_t panels,
                      A* sums, A* out, int64_t out_stride, F&& between) {
-  const int64_t run = std::max<int64_t>(1, kDotBytes / (kDotTile * kPanel<A> * int64_t(sizeof(A))));
-  const int64_t q_panel = rows * kPanel<A>;
+  constexpr int64_t kRow = kPanel<A> / kSummands<O>;
+  const int64_t run = std::max<int64_t>(1, kDotBytes / (kDotTile * kRow * int64_t(sizeof(O))));
+  const int64_t q_panel = rows * kRow;
   balanced(panels, run, [&](int64_t first, int64_t length) {
     A* tile = sums;
     balanced(rows, kDotTile, [&](int64_t r0, int64_t n) {
       between();
-      dot_kernel<A>(count, n).accumulate(p + first * p_panel, p_panel, q + first * q_panel + r0 * kPanel<A>,
-                                         q_panel, length, tile, first == 0);
+      dot_kernel<A, O>(count, n).accumulate(p + first * p_panel, p_panel, q + first * q_panel + r0 * kRow,
+                                            q_panel, length, tile, first == 0);
       tile += kDotTile * kDotTile * kLanes<A>;
     });
   });
   const A* tile = sums;
   balanced(rows, kDotTile, [&](int64_t r0, int64_t n) {
-    dot_kernel<A>(count, n).finish(tile, out + r0 * out_stride, out_stride);
+    dot_kernel<A, O>(count, n).finish(tile, out + r0 * out_stride, out_stride);
     tile += kDotTile * kDotTile * kLanes<A>;
   });
 }
@@ -262,26 +285,27 @@ inline int64_t dot_sums(int64_t rows) {
 // Functions of their own, so that nothing around them competes for registers.
 enum class Start { kZero, kLoad, kScale };
 
-template <typename A, int Rows, Start From>
-void panel_tile(A* out, const A* scale, const A* row, int64_t row_step, const A* column, int64_t column_step,
+template <typename A, typename O, int Rows, Start From>
+void panel_tile(A* out, const A* scale, const O* row, int64_t row_step, const O* column, int64_t column_step,
                 int64_t count) {
   Tile<A, Rows, kTileVectors> tile;
   tile.fill(0);
-  tile.template multiply_add<1>(row, row_step, column, column_step, count);
+  tile.template add_products<1>(row, row_step, column, column_step, count);
   // Added at the end, so that a long sum is a sum of short ones.
   if constexpr (From == Start::kScale) tile.add(out, scale);
   if constexpr (From == Start::kLoad) tile.add(out);
   tile.store(out);
 }
 
-template <typename A>
-using PanelKernel = void (*)(A*, const A*, const A*, int64_t, const A*, int64_t, int64_t);
-template <typename A, Start From, int... Index>
-constexpr std::array<PanelKernel<A>, sizeof...(Index)> panel_kernels(std::integer_sequence<int, Index...>) {
-  return {&panel_tile<A, Index + 1, From>...};
+template <typename A, typename O>
+using PanelKernel = void (*)(A*, const A*, const O*, int64_t, const O*, int64_t, int64_t);
+template <typename A, typename O, Start From, int... Index>
+constexpr std::array<PanelKernel<A, O>, sizeof...(Index)> panel_kernels(
+    std::integer_sequence<int, Index...>) {
+  return {&panel_tile<A, O, Index + 1, From>...};
 }
-template <typename A, Start From>
-inline PanelKernel<A> panel_kernel(int64_t rows) {
-  static constexpr auto kTable = panel_kernels<A, From>(std::make_integer_sequence<int, kTileRows>{});
+template <typename A, typename O, Start From>
+inline PanelKernel<A, O> panel_kernel(int64_t rows) {
+  static constexpr auto kTable = panel_kernels<A, O, From>(std::make_integer_sequence<int, kTileRows>{});
   return kTable[rows - 1];
 }

@@ -52,6 +52,15 @@ inline VecU32 broadcast_u32(uint32_t value) {
   return value - VecU32{};
 }
 
+typedef uint16_t VecU16 __attribute__((vector_size(FASTAC_VECTOR_BYTES)));
+
+inline __attribute__((always_inline)) VecU16 join(HalfVecU16 low, HalfVecU16 high) {
+  VecU16 both;
+  __builtin_memcpy(&both, &low, sizeof low);
+  __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof low, &high, sizeof high);
+  return both;
+}
+
 inline HalfVecU16 load_bits(const uint16_t* p) {
   HalfVecU16 v;
   __builtin_memcpy(&v, p, sizeof v);
@@ -65,10 +74,9 @@ inline Vec<float> widen(HalfVecU16 bits, BFloat16) {
 inline HalfVecU16 narrow(Vec<float> value, BFloat16) {
 #if defined(FASTAC_BFLOAT16_ROUNDING)
   // The instruction takes subnormal numbers for zero; a vector that holds any goes the long way.
-  const VecU32 exponent = (VecU32)value & 0x7f800000u, fraction = (VecU32)value & 0x007fffffu;
-  const __mmask16 subnormal = _mm512_cmpeq_epi32_mask((__m512i)exponent, _mm512_setzero_si512()) &
-                              _mm512_test_epi32_mask((__m512i)fraction, (__m512i)fraction);
-  if (__builtin_expect(subnormal == 0, 1)) return (HalfVecU16)_mm512_cvtneps_pbh((__m512)value);
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)value, kSubnormal) == 0, 1))
+    return (HalfVecU16)_mm512_cvtneps_pbh((__m512)value);
 #endif
   VecU32 u = (VecU32)value;
   VecU32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even

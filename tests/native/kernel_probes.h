@@ -11,6 +11,8 @@ namespace {
 
 #include "cpu/pack.h"
 
+#include "cpu/operands.h"
+
 #include "cpu/softmax.h"
 
 template <typename F>
@@ -142,9 +144,9 @@ void tile_probe(bool by_panel, const A* fill, const A* column_factor, const A* r
   tile.fill(0);
   tile.add(scaled, row_factor);
   if (by_panel)
-    tile.template multiply_add<kPanel<A>>(row, row_step, column, Vectors * kLanes<A>, count);
+    tile.template add_products<kPanel<A>>(row, row_step, column, Vectors * kLanes<A>, count);
   else
-    tile.template multiply_add<1>(row, row_step, column, Vectors * kLanes<A>, count);
+    tile.template add_products<1>(row, row_step, column, Vectors * kLanes<A>, count);
   tile.store(out);
 }
 
@@ -166,9 +168,9 @@ void probe_panel_tile(bool f64, int64_t start, int64_t rows, void* out, const vo
                       int64_t row_step, const void* column, int64_t count) {
   with_accumulator(f64, [&](auto a) {
     using A = decltype(a);
-    const PanelKernel<A> kernel = start == 0   ? panel_kernel<A, Start::kZero>(rows)
-                                  : start == 1 ? panel_kernel<A, Start::kLoad>(rows)
-                                               : panel_kernel<A, Start::kScale>(rows);
+    const PanelKernel<A, A> kernel = start == 0   ? panel_kernel<A, A, Start::kZero>(rows)
+                                     : start == 1 ? panel_kernel<A, A, Start::kLoad>(rows)
+                                                  : panel_kernel<A, A, Start::kScale>(rows);
     kernel(out_as(a, out), in_as(a, scale), in_as(a, row), row_step, in_as(a, column), kPanel<A>, count);
   });
 }
