@@ -30,7 +30,7 @@ from fastac.training.run_config import load, template
 pytestmark = pytest.mark.xdist_group("cli")  # what is trained once is shared
 
 SETTINGS = ["training.batch_size=8", "training.optimizer.lr=1e-2", "training.tensorboard=false"]
-COMMANDS = ("train", "eval", "predict", "show", "info")
+COMMANDS = ("train", "eval", "predict", "show", "report", "info")
 
 
 class Result(NamedTuple):

@@ -187,6 +187,10 @@ def test_wheel_contents(wheel: Path) -> None:
         "fastac/data/__init__.py",
         "fastac/experiments/__init__.py",
         "fastac/models/__init__.py",
+        "fastac/report/__init__.py",
+        "fastac/report/blocks.html",
+        "fastac/report/page.css",
+        "fastac/report/page.html",
         "fastac/training/__init__.py",
         f"fastac-{fastac.__version__}.dist-info/licenses/LICENSE",
     } <= set(names)

@@ -22,6 +22,7 @@ COMMANDS = {
     "flash-mnist": "the paper's experiment on digits in noise, one cell of its Table 1 or all",
     "compare": "attention cluster, bi-LSTM, pyramid and poolings on Flash-MNIST, in one table",
     "demo": "a small Flash-MNIST in a few minutes, beside plain torch",
+    "report": "a page, with pictures, of the committed benchmarks",
     "info": "versions, backends, limits, environment variables",
 }
 MODULES = {"eval": "evaluate", "flash-mnist": "flash_mnist"}
