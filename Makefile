@@ -15,17 +15,22 @@ NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc),$(wildca
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 HARNESS := $(foreach folder,native cuda_emulation,$(wildcard tests/$(folder)/*.cpp tests/$(folder)/*.h))
 PYTEST := $(PY) -m pytest --numprocesses auto --dist loadgroup
+# test_bench.py measures; the others test the harness.
+TESTS := tests $(filter-out benchmarks/test_bench.py,$(wildcard benchmarks/test_*.py))
 CROSS_CXX ?= aarch64-linux-gnu-g++
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test full lint bench aot cuda gpu sanitize cross clean distclean
+.PHONY: help build demo test full lint bench bench-compare bench-check report aot cuda gpu sanitize cross clean distclean
 
 help:
 	@echo "make demo      train an attention cluster on handwritten digits and compare with plain torch (minutes)"
 	@echo "make test      build and run the tests (about twelve minutes on two cores)"
 	@echo "make full      run every test, the long ones too, and compile every Triton configuration (an hour or more)"
-	@echo "make bench     measure against eager, torch.compile and scaled_dot_product_attention"
+	@echo "make bench     measure against eager, torch.compile, scaled_dot_product_attention and other poolings"
+	@echo "make bench-compare BASE=commit   speed of another commit against this tree (ARGS: see benchmarks/bench_compare.py)"
+	@echo "make bench-check   two short ratios against eager, far from close: fails if a fast path is lost"
+	@echo "make report    turn the results of make bench into the page of figures in docs/"
 	@echo "make aot       compile the Triton kernels for NVIDIA and AMD GPUs that need not be there (AOT_ARGS=--all: all)"
 	@echo "make cuda      compile the CUDA kernels for CUDA_ARCHS='$(CUDA_ARCHS)' and print what became of them"
 	@echo "make gpu       on an NVIDIA GPU: tests, race repeats, benchmark; GPU_PYTHON=python3 uses that torch, no .venv"
@@ -79,11 +84,11 @@ demo: build
 
 test: build
 	@echo "== tests"
-	@$(PYTEST) -m "not full" --durations=10
+	@$(PYTEST) -m "not full" --durations=10 $(TESTS)
 
 full: build
 	@echo "== all tests"
-	@$(PYTEST) --durations=20
+	@$(PYTEST) --durations=20 $(TESTS)
 	@echo "== compiling every Triton configuration"
 	@$(PY) -m fastac.kernels.aot --all
 	@$(if $(NVCC),$(MAKE) cuda CUDA_ARCHS="80;86;89;90;100;120",echo "== no nvcc: the CUDA kernels were not compiled")
@@ -101,6 +106,19 @@ lint: $(VENV)/.dev
 bench: build $(VENV)/.dev
 	@echo "== benchmarks"
 	@$(PY) -m benchmarks
+
+# ARGS are arguments of benchmarks/bench_compare.py: make bench-compare BASE=HEAD ARGS="--workload online"
+bench-compare: $(if $(BASE),build)
+	@$(if $(BASE),,echo "make bench-compare needs a commit: make bench-compare BASE=HEAD~1" >&2; exit 2)
+	@$(PY) -m benchmarks.bench_compare "$(BASE)" $(ARGS)
+
+bench-check: build
+	@echo "== ratios to eager"
+	@$(PY) -m benchmarks.ratio_check $(ARGS)
+
+report: build
+	@echo "== report"
+	@$(PY) -m fastac report $(ARGS)
 
 # AOT_ARGS are arguments of kernels/aot.py.
 aot: build

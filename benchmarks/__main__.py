@@ -8,23 +8,32 @@ from pathlib import Path
 
 from . import machine
 
-QUICK = ["kinetics-rgb", "online"]
+QUICK = {"workloads": ["kinetics-rgb", "online"], "suites": ["speed", "overhead"]}
 
 
 def arguments() -> argparse.ArgumentParser:
     from .peers import PEERS
+    from .suites import notes
     from .workloads import WORKLOADS
 
+    known = notes()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times the operator against plain torch, torch.compile and SDPA; saves the table.",
+        description="Times the operator beside its peers, correctness first; prints and saves the records.",
+        epilog="suites:\n" + "\n".join(f"  {name:15} {note}" for name, note in known.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"{' and '.join(QUICK)} only, few rounds, no extras"
+        "--quick", action="store_true",
+        help=f"{' and '.join(QUICK['workloads'])} only, few rounds, suites {' and '.join(QUICK['suites'])}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--suite", action="append", choices=list(known), help="may be given several times (default all)"
     )
     parser.add_argument(
-        "--workload", action="append", choices=list(WORKLOADS), help="may be given several times"
-    )
+        "--workload", action="append", choices=list(WORKLOADS),
+        help="of speed and memory; may be given several times (default all)",
+    )  # fmt: skip
     parser.add_argument(
         "--peers", default=",".join(PEERS), help=f"comma-separated, of {', '.join(PEERS)}; may be empty"
     )
@@ -37,10 +46,11 @@ def arguments() -> argparse.ArgumentParser:
         "--divide-batch", type=int, default=1, metavar="K", help="divide every B by K; the table says so"
     )
     parser.add_argument(
-        "--default-malloc", action="store_true", help="keep the C library's default malloc settings"
-    )
+        "--tuning", type=float, default=300.0, metavar="SECONDS",
+        help="what max-autotune may compile for in all (default 300)",
+    )  # fmt: skip
     parser.add_argument(
-        "--no-extras", action="store_true", help="no bfloat16, workspace and default-malloc figures"
+        "--default-malloc", action="store_true", help="keep the C library's default malloc settings"
     )
     parser.add_argument(
         "--output", type=Path, default=machine.ROOT / "benchmarks" / "results", help="folder to save in"
@@ -53,8 +63,10 @@ def main() -> int:
     given = parser.parse_args()
     machine.reexecute(given.default_malloc)
 
-    from . import compare, correctness
+    from . import compare, correctness, tables
     from .peers import PEERS
+    from .records import save
+    from .suites import notes
     from .workloads import WORKLOADS
 
     peers = [name for name in given.peers.split(",") if name]
@@ -64,24 +76,27 @@ def main() -> int:
     for name in ("threads", "divide_batch", "rounds"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}")
+    if not given.tuning >= 0:
+        parser.error(f"--tuning must be at least 0, got {given.tuning}")
     options = compare.Options(
-        workloads=given.workload or (QUICK if given.quick else list(WORKLOADS)),
-        peers=peers,
+        workloads=given.workload or (QUICK["workloads"] if given.quick else list(WORKLOADS)),
+        peers=list(dict.fromkeys(peers)),
+        suites=list(dict.fromkeys(given.suite or (QUICK["suites"] if given.quick else notes()))),
         rounds=given.rounds or (7 if given.quick else 30),
-        budget=2.0 if given.quick else 5.0,
+        budget=2.0 if given.quick else 3.0,
         threads=given.threads,
         backend=given.backend,
         divide_batch=given.divide_batch,
-        extras=not (given.quick or given.no_extras),
         default_malloc=given.default_malloc,
+        tuning=given.tuning,
     )
     try:
         report = compare.run(options)
     except correctness.Red as wrong:
         print(f"WRONG RESULT, no speed is reported: {wrong}", file=sys.stderr)
         return 1
-    print(compare.render(report, peers))
-    for path in compare.save(report, given.output):
+    print(tables.render(report))
+    for path in save(report, given.output):
         print(f"saved {path}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Workspace: peak memory of a call beyond its inputs, y and the gradients asked for.
+"""Peak memory of a call beyond its inputs, and workspace: what of it is neither y nor a gradient asked for.
 
 Measured from outside the allocator (Linux's peak resident set, reset before the call) in a process of its own
 whose C library returns freed blocks at once, so that scratch from any source counts.
@@ -7,6 +7,7 @@ whose C library returns freed blocks at once, so that scratch from any source co
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -16,11 +17,15 @@ from typing import Any
 import torch
 
 from . import machine
-from .peers import PEERS, Ours, Prepared
-from .workloads import MODES, OVERHEAD, WORKLOADS, Workload, make_case
+from .peers import PEERS, Compiled, Ours, Prepared, reason_of
+from .workloads import OVERHEAD, WORKLOADS, Workload, make_case
 
 PER_THREAD = 4 << 20
 """The "fixed amount per thread" of the limit, in bytes."""
+
+MEASURED_MODES = ("forward", "training", "frozen")
+
+Found = dict[str, dict[str, dict[str, Any]]]
 
 _M_MMAP_THRESHOLD = -3
 
@@ -39,40 +44,69 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) * 1024
 
 
-def _workspace(prepared: Prepared, mode: str) -> dict[str, int]:
+def return_freed_memory() -> None:
+    """Have the C library return freed blocks to the kernel at once, all but small ones."""
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+
+
+def peak(prepared: Prepared, mode: str, ready: bool) -> dict[str, int]:
+    """peak_bytes and workspace_bytes of one call; where `ready`, an earlier one comes first."""
     run = prepared.closure(mode)
+    if ready:  # what a first call compiles is no part of it
+        run()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts again from the present resident set
     before = _status("VmRSS")
     results = run()
-    peak = _status("VmHWM") - before
+    highest = max(0, _status("VmHWM") - before)
     returned = sum(t.numel() * t.element_size() for t in results)
-    operands = returned + prepared.x.numel() * prepared.x.element_size()
-    return {"workspace": max(0, peak - returned), "operands": operands}
+    return {"peak_bytes": highest, "workspace_bytes": max(0, highest - returned)}
 
 
-def _measure_here(workload: Workload, backend: str, threads: int, names: list[str]) -> None:
+def measure_here(workload: Workload, backend: str, threads: int, names: list[str]) -> Found:
+    """Measure in this process, which should do nothing else; ours is always measured, and first."""
     torch.set_num_threads(threads)
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    return_freed_memory()
     contenders: dict[str, Any] = {"ours": Ours(backend)}
     contenders |= {name: PEERS[name]() for name in names if name != "ours"}
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    found: Found = {}
     for name, contender in contenders.items():
-        if name not in names:
+        compiles = isinstance(contender, Compiled)
+        try:
+            if not compiles:
+                warm = contender.prepare(make_case(OVERHEAD))
+                for mode in MEASURED_MODES:
+                    warm.closure(mode)()
+            prepared = contender.prepare(make_case(workload))
+        except Exception as error:
+            if name == "ours":
+                raise
+            found[name] = {mode: {"reason": reason_of(error)} for mode in MEASURED_MODES}
             continue
-        warm = contender.prepare(make_case(OVERHEAD))
-        for mode in MODES:
-            warm.closure(mode)()
-        prepared = contender.prepare(make_case(workload))
         prepared.x.sum()  # wakes the thread pool
-        found[name] = {mode: _workspace(prepared, mode) for mode in MODES}
-    print(json.dumps(found))
+        found[name] = {}
+        for mode in MEASURED_MODES:
+            try:
+                found[name][mode] = peak(prepared, mode, compiles)
+            except Exception as error:
+                if name == "ours":
+                    raise
+                found[name][mode] = {"reason": reason_of(error)}
+        del prepared
+        gc.collect()
+    return found
 
 
 def measure(
     workload: str, backend: str, threads: int, contenders: list[str], *, divide_batch: int = 1
-) -> dict[str, dict[str, dict[str, int]]]:
-    """By contender and mode: {"workspace": bytes, "operands": bytes of x, y and gradients}."""
+) -> Found:
+    """By contender and mode: peak_bytes, beyond the inputs, and workspace_bytes; or the reason of neither.
+
+    Raises: RuntimeError if the process fails.
+    """
+    if not available():
+        none = {"reason": "the system does not tell the peak of the resident memory (/proc/self/clear_refs)"}
+        return {name: dict.fromkeys(MEASURED_MODES, none) for name in contenders}
     arguments = [workload, str(divide_batch), backend, str(threads), *contenders]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *arguments],
@@ -80,10 +114,11 @@ def measure(
     )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"measuring the memory of {workload} failed:\n{done.stderr}")
-    result: dict[str, dict[str, dict[str, int]]] = json.loads(done.stdout.splitlines()[-1])
+    result: Found = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 if __name__ == "__main__":
     name, divisor, backend, threads, *names = sys.argv[1:]
-    _measure_here(WORKLOADS[name].reduced(int(divisor)), backend, int(threads), names)
+    chosen = WORKLOADS[name].reduced(int(divisor))
+    print(json.dumps(measure_here(chosen, backend, int(threads), names)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import correctness, targets
 from .peers import Compiled, Eager, Prepared, Sdpa, Unavailable
-from .timing import Floor, Timings, alternate
+from .timing import Copy, Floor, Staged, Timings, alternate
 from .workloads import MODES, WORKLOADS, Workload, make_case
 
 SMALL = Workload("small", 4, 7, 33, 5, "tests")
@@ -83,8 +84,32 @@ def test_a_contender_that_cannot_run_says_why() -> None:
 
 def test_operations_are_the_cost_model() -> None:
     product = 1000 * 33 * 5
-    assert [SMALL.operations(1000, m) / product for m in MODES] == [4, 12, 8]
-    assert [GIVEN.operations(1000, m) / product for m in MODES] == [2, 6, 4]
+    assert [SMALL.operations(1000, m) / product for m in MODES] == [4, 12, 8, 8]
+    assert [GIVEN.operations(1000, m) / product for m in MODES] == [2, 6, 4, 4]
+
+
+def test_bytes_are_the_cost_model() -> None:
+    """Per set: forward (L + N) M, backward (2 L + 2 N) M, frozen backward (L + 2 N) M."""
+    rows, units, m = 4 * 7, 4 * 5, 33
+    forward, backward, frozen = (rows + units) * m, (2 * rows + 2 * units) * m, (rows + 2 * units) * m
+    expected = {"forward": forward, "training": forward + backward, "frozen": forward + frozen}
+    expected["backward"] = backward
+    assert {mode: SMALL.bytes_moved(rows, mode, 4) for mode in MODES} == {
+        mode: 4 * elements for mode, elements in expected.items()
+    }
+    scores = 4 * 5 * 7
+    extra = {m: (GIVEN.bytes_moved(rows, m, 4) - SMALL.bytes_moved(rows, m, 4)) // 4 for m in MODES}
+    assert extra == {"forward": scores, "training": 3 * scores, "frozen": 3 * scores, "backward": 2 * scores}
+
+
+@pytest.mark.parametrize("workload", [SMALL, GIVEN], ids=lambda w: w.name)
+def test_operand_bytes_are_those_of_the_results(workload: Workload) -> None:
+    case = make_case(workload)
+    prepared = Eager().prepare(case)
+    for mode in ("forward", "training", "frozen"):
+        results = prepared.closure(mode)()
+        size = sum(t.numel() * 4 for t in (case.x, *results))
+        assert workload.operand_bytes(case.rows, mode, 4) == size
 
 
 def test_a_reduced_batch_is_stated() -> None:
@@ -94,12 +119,64 @@ def test_a_reduced_batch_is_stated() -> None:
     assert WORKLOADS["online"].reduced(8) is WORKLOADS["online"]
 
 
-def test_runs_alternate_and_start_with_everyone_in_turn() -> None:
+def test_everyone_runs_once_a_round_and_after_each_of_the_others() -> None:
     order: list[str] = []
     closures = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    timings = alternate(closures, rounds=3, min_rounds=1, budget=60, block=0)
-    assert "".join(order) == "aabbcc" + "abc" + "bca" + "cab"
-    assert timings.rounds == 3
+    timings = alternate(closures, rounds=30, min_rounds=1, budget=60, block=0)
+    assert timings.rounds == 30
+    text = "".join(order)
+    assert text[:6] == "aabbcc"
+    rounds = [text[k : k + 3] for k in range(6, len(text), 3)]
+    assert len(rounds) == 30
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) == 6
+
+
+def test_only_the_second_stage_is_timed() -> None:
+    seen: list[str] = []
+
+    def setup() -> str:
+        time.sleep(0.02)
+        seen.append("setup")
+        return f"state {len(seen)}"
+
+    staged = Staged(setup, seen.append)
+    timings = alternate({"staged": staged}, rounds=3, min_rounds=3, block=0)
+    assert timings.median("staged") < 0.01
+    assert seen[0::2] == ["setup"] * 5
+    assert seen[1::2] == [f"state {k}" for k in (1, 3, 5, 7, 9)]
+
+
+def test_a_slow_call_is_warmed_up_once() -> None:
+    calls = {"slow": 0, "quick": 0}
+
+    def call(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    closures = {"slow": lambda: call("slow", 0.12), "quick": lambda: call("quick", 0)}
+    alternate(closures, rounds=2, min_rounds=2, block=0, patience=0.1)
+    assert calls == {"slow": 3, "quick": 4}
+
+
+def test_what_raises_is_left_out_only_if_asked() -> None:
+    def broken() -> None:
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        alternate({"broken": broken}, rounds=1)
+    failures: dict[str, Exception] = {}
+    timings = alternate({"broken": broken, "sound": lambda: None}, rounds=1, failures=failures)
+    assert list(timings.seconds) == ["sound"]
+    assert str(failures["broken"]) == "no room"
+
+
+def test_the_copy_counts_bytes_read_and_written() -> None:
+    copy = Copy(megabytes=1)
+    copy()
+    assert torch.equal(copy.source, copy.target)
+    assert copy.bytes == 2 << 20
+    assert copy.gbytes_per_s(Timings({"copy": [1e-3]}, {"copy": 0})) == pytest.approx((2 << 20) / 1e6)
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -1,4 +1,4 @@
-"""Alternating runs: in every round each contender runs once, in an order that rotates.
+"""Alternating runs: in every round each contender runs once, in an order drawn anew.
 
 Ratios are taken inside a round and their median reported: a slow spell of the machine then hits both sides.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +23,17 @@ GEMM = (4096, 1024, 2048)
 
 BLOCK_SECONDS = 0.005
 """A shorter call is repeated until a timed block lasts this long."""
+
+
+@dataclass
+class Staged:
+    """A call of which only the second stage is timed: every `run` gets a state that `setup` made for it."""
+
+    setup: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+    def __call__(self) -> Any:
+        return self.run(self.setup())
 
 
 @dataclass
@@ -44,6 +57,9 @@ class Timings:
             return values[0], values[0]
         lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
         return lower, upper
+
+    def percentile(self, name: str, percent: int) -> float:
+        return statistics.quantiles(self.seconds[name], n=100, method="inclusive")[percent - 1]
 
     def ratio(self, name: str, to: str) -> float:
         """Median over the rounds of name's time over to's."""
@@ -77,6 +93,43 @@ class Floor:
         return timings.ratio(name, self.name) * self.operations / operations
 
 
+class Copy:
+    """A copy of a block larger than the caches: the rate at which memory gives and takes bytes."""
+
+    name = "copy"
+
+    def __init__(self, megabytes: int = 128) -> None:
+        self.source = torch.ones(megabytes << 18)
+        self.target = torch.zeros_like(self.source)
+        self.bytes = 2 * self.source.numel() * self.source.element_size()
+
+    def __call__(self) -> None:
+        self.target.copy_(self.source)
+
+    def gbytes_per_s(self, timings: Timings) -> float:
+        """Bytes read and written per second, in 1e9."""
+        return self.bytes / timings.median(self.name) / 1e9
+
+
+def timed(closure: Callable[[], object], count: int) -> tuple[float, int]:
+    """Seconds and page faults of `count` calls in a row."""
+    result: object = None
+    if isinstance(closure, Staged):
+        states, run = [closure.setup() for _ in range(count)], closure.run
+        before = page_faults()
+        start = time.perf_counter()
+        for state in states:
+            result = run(state)
+    else:
+        before = page_faults()
+        start = time.perf_counter()
+        for _ in range(count):
+            result = closure()
+    taken = time.perf_counter() - start
+    del result
+    return taken, page_faults() - before
+
+
 def alternate(
     closures: Mapping[str, Callable[[], object]],
     *,
@@ -84,20 +137,30 @@ def alternate(
     min_rounds: int = 5,
     budget: float = 6.0,
     block: float = BLOCK_SECONDS,
+    patience: float = 0.5,
+    failures: dict[str, Exception] | None = None,
 ) -> Timings:
     """Time closures in alternation.
 
     Stops after `rounds`, or once `budget` seconds are spent and `min_rounds` are done. Two untimed calls of
-    each come first. What a call returns is freed before the next contender starts.
+    each come first, or one where a call takes longer than `patience` seconds. What a call returns is freed
+    before the next contender starts. One that raises at its first call goes into `failures`, if given.
     """
     min_rounds = min(min_rounds, rounds)
     repeats: dict[str, int] = {}
     for name, closure in closures.items():
-        closure()
-        start = time.perf_counter()
-        closure()
-        repeats[name] = max(1, math.ceil(block / max(time.perf_counter() - start, 1e-7)))
-    names = list(closures)
+        try:
+            taken, _ = timed(closure, 1)
+        except Exception as error:
+            if failures is None:
+                raise
+            failures[name] = error
+            continue
+        if taken < patience:
+            taken, _ = timed(closure, 1)
+        repeats[name] = max(1, math.ceil(block / max(taken, 1e-7)))
+    names = list(repeats)
+    order = random.Random(0)  # in a fixed order one of them would always find the caches full of the copy
     seconds: dict[str, list[float]] = {name: [] for name in names}
     faults = dict.fromkeys(names, 0)
     calls = dict.fromkeys(names, 0)
@@ -106,19 +169,11 @@ def alternate(
     try:
         begin = time.perf_counter()
         for turn in range(rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                closure, count = closures[name], range(repeats[name])
-                result = None
-                faults_before = page_faults()
-                start = time.perf_counter()
-                for _ in count:
-                    result = closure()
-                taken = time.perf_counter() - start
-                faults[name] += page_faults() - faults_before
-                calls[name] += len(count)
-                del result
-                seconds[name].append(taken / len(count))
+            for name in order.sample(names, len(names)):
+                taken, faulted = timed(closures[name], repeats[name])
+                faults[name] += faulted
+                calls[name] += repeats[name]
+                seconds[name].append(taken / repeats[name])
             if turn + 1 >= min_rounds and time.perf_counter() - begin > budget:
                 break
     finally:

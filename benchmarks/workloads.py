@@ -18,6 +18,7 @@ MODES = {
     "forward": "forward, nothing requires grad",
     "training": "forward + backward, x requires grad",
     "frozen": "forward + backward, x frozen",
+    "backward": "gradients alone, x requires grad; the forward is outside the clock",
 }
 
 
@@ -61,8 +62,8 @@ class Workload:
         Scores given: one product less forward (no scores), no dW, no part of dX that runs through W.
         """
         products = {
-            "fc1": {"forward": 2, "training": 2 + 4, "frozen": 2 + 2},
-            "given": {"forward": 1, "training": 1 + 2, "frozen": 1 + 1},
+            "fc1": {"forward": 2, "training": 2 + 4, "frozen": 2 + 2, "backward": 4},
+            "given": {"forward": 1, "training": 1 + 2, "frozen": 1 + 1, "backward": 2},
         }
         return products[self.scores][mode] * 2 * rows * self.in_features * self.cluster_size
 
@@ -77,11 +78,24 @@ class Workload:
             "forward": forward,
             "frozen": forward + rows + 2 * units,
             "training": forward + 2 * rows + 2 * units,
+            "backward": 2 * rows + 2 * units,
         }[mode]
         moved = rows_moved * self.in_features
-        if self.scores == "given":
-            moved += rows * self.cluster_size * (1 if mode == "forward" else 3)  # read, read again, gradient
+        if self.scores == "given":  # read; read again, gradient
+            times = {"forward": 1, "backward": 2}.get(mode, 3)
+            moved += rows * self.cluster_size * times
         return moved * element_size
+
+    def operand_bytes(self, rows: int, mode: str, element_size: int) -> int:
+        """Bytes of x, y and the gradients that a call in a mode returns."""
+        units = self.batch * self.cluster_size
+        elements = (rows + units) * self.in_features
+        if mode != "forward":
+            mix = rows if self.scores == "given" else self.in_features
+            elements += (mix + 2) * self.cluster_size
+        if mode in ("training", "backward"):
+            elements += rows * self.in_features
+        return elements * element_size
 
 
 WORKLOADS = {
