@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import FeatureBatch
+from .moments import Moments
 
 
 class FeatureArray(Dataset[Any]):
@@ -118,6 +119,19 @@ class FeatureArray(Dataset[Any]):
                 total += array[first : first + 1024].sum(axis=(0, 1), dtype=np.float64)
             means[modality] = torch.from_numpy(total / max(1, array.shape[0] * array.shape[1])).float()
         return means
+
+    def feature_moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and standard deviation of each modality's local features, ``(M,)`` float32 each.
+
+        The deviation is 1 for a feature that never changes.
+        """
+        found = {}
+        for modality, array in self._features.items():
+            moments = Moments(array.shape[2])
+            for first in range(0, len(array), 1024):
+                moments.add(array[first : first + 1024].reshape(-1, array.shape[2]))
+            found[modality] = moments.mean, moments.std
+        return found
 
     def mean_lengths(self) -> dict[str, float]:
         """L of each modality."""

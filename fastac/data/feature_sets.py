@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from .batch import FeatureBatch
 from .labels import LabelTable, check_class_names, encode_labels, read_labels
 from .memory import MemoryStorage
+from .moments import Moments
 from .problems import DataProblemsError, Problem, listing
 from .sampling import Sampling, sampling_generator
 from .storage import EntryError, Float32Array, Select, Storage, Video, open_storage
@@ -469,15 +470,9 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         if self._sums is None:
             sums = {name: np.zeros(m) for name, m in self.modalities.items()}
             rows = dict.fromkeys(self.modalities, 0)
-            kept, self._sampling = self._sampling, dict.fromkeys(self.modalities)
-            try:
-                for index in _with_bar(range(len(self)), "mean features"):
-                    for name, x in self[index].features.items():
-                        sums[name] += x.numpy().sum(0, dtype=np.float64)
-                        rows[name] += len(x)
-            finally:
-                self._sampling = kept
-                self.storage.close()
+            for name, x in self._whole_sets("mean features"):
+                sums[name] += x.sum(0, dtype=np.float64)
+                rows[name] += len(x)
             self._sums = {name: (sums[name], rows[name]) for name in sums}
         absent = [name for name, (_, count) in self._sums.items() if not count]
         if absent:
@@ -485,6 +480,33 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         return {
             name: torch.from_numpy((total / n).astype(np.float32)) for name, (total, n) in self._sums.items()
         }
+
+    def feature_moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By modality, mean and standard deviation of all local features, ``(M,)`` float32 each.
+
+        The deviation is 1 for a feature that never changes. Reads all data; broken entries are treated as in
+        training.
+
+        Raises: ValueError for a modality that no video has; DataProblemsError as `__getitem__`.
+        """
+        moments = {name: Moments(m) for name, m in self.modalities.items()}
+        for name, x in self._whole_sets("mean and deviation of features"):
+            moments[name].add(x)
+        absent = [name for name, found in moments.items() if not found.count]
+        if absent:
+            raise ValueError(f"no video has the modality {', '.join(absent)}: its features have no moments")
+        return {name: (found.mean, found.std) for name, found in moments.items()}
+
+    def _whole_sets(self, what: str) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Modality and features (L, M) of every set, without sampling; `what` is said on the progress bar."""
+        kept, self._sampling = self._sampling, dict.fromkeys(self.modalities)
+        try:
+            for index in _with_bar(range(len(self)), what):
+                for name, x in self[index].features.items():
+                    yield name, x.numpy()
+        finally:
+            self._sampling = kept
+            self.storage.close()
 
     def mean_lengths(self) -> dict[str, float]:
         """By modality, the mean number of features that are taken from a set, sampling included.

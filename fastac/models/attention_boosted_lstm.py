@@ -16,15 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastac import checks, functional, reference
 
-from .base import (
-    VideoClassifier,
-    checked_count,
-    checked_dropout,
-    checked_dtype,
-    checked_modality,
-    checked_switch,
-)
-from .inputs import Sets, one_modality, padded, without_excluded
+from .base import checked_count, checked_dropout, checked_dtype, checked_switch
+from .inputs import padded, without_excluded
+from .one_modality import OneModalityClassifier
 
 POSITIONS = ("none", "before", "after")
 """Where the attention block can stand, seen from the LSTM."""
@@ -135,7 +129,7 @@ class TemporalAttention(nn.Module):
         return f"{self.sequence_length}" + ("" if self.honor_lengths else ", honor_lengths=False")
 
 
-class AttentionBoostedLSTM(VideoClassifier):
+class AttentionBoostedLSTM(OneModalityClassifier):
     """A bi-LSTM over frame features, with temporal attention before it, after it, or none.
 
     You & Korhonen, *Attention Boosted Deep Networks for Video Classification*, ICIP 2020, as in the authors'
@@ -171,10 +165,13 @@ class AttentionBoostedLSTM(VideoClassifier):
         multi_label: a video has any number of labels, rather than one: it decides ``losses`` and
             ``probabilities``.
         modality: the name of the features.
+        standardize: each feature enters as (x - mean) / std over the training set, which ``set_moments``
+            gives.
         device, dtype: where and in what type the parameters are made.
 
     State: ``lstm.*`` as of ``torch.nn.LSTM``, ``dense.weight``, ``dense.bias``, ``fc.weight``, ``fc.bias``;
-    but for "none" also ``temporal_attention.weight`` and ``temporal_attention.bias``.
+    but for "none" also ``temporal_attention.weight`` and ``temporal_attention.bias``; with ``standardize``
+    ``feature_mean`` and ``feature_std``.
 
     Raises: TypeError for a wrong type, ValueError for a wrong value.
     """
@@ -192,11 +189,20 @@ class AttentionBoostedLSTM(VideoClassifier):
         honor_lengths: bool = True,
         multi_label: bool = False,
         modality: str = "features",
+        standardize: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_classes, multi_label=multi_label)
-        self.in_features = m = checked_count("in_features", in_features)
+        super().__init__(
+            in_features,
+            num_classes,
+            standardize=standardize,
+            multi_label=multi_label,
+            modality=modality,
+            device=device,
+            dtype=dtype,
+        )
+        m = self.in_features
         self.sequence_length = t = checked_count("sequence_length", sequence_length)
         if position not in POSITIONS:
             raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {position!r}")
@@ -204,7 +210,6 @@ class AttentionBoostedLSTM(VideoClassifier):
         self.hidden_features = h = checked_count("hidden_features", hidden_features)
         self.dense_features = checked_count("dense_features", dense_features)
         self.honor_lengths = checked_switch("honor_lengths", honor_lengths)
-        self.modality = checked_modality(modality)
         factory: dict[str, Any] = {"device": device, "dtype": checked_dtype(dtype)}
         self.temporal_attention = (
             None if position == "none" else TemporalAttention(t, honor_lengths=honor_lengths, **factory)
@@ -240,11 +245,6 @@ class AttentionBoostedLSTM(VideoClassifier):
             nn.init.zeros_(layer.bias)
 
     @property
-    def dimensions(self) -> dict[str, int]:
-        """The dimension M of the features of its one modality."""
-        return {self.modality: self.in_features}
-
-    @property
     def attention_rows(self) -> str:
         """What the second dimension of ``attention`` counts: features, each with a softmax of its own."""
         return "feature"
@@ -268,6 +268,7 @@ class AttentionBoostedLSTM(VideoClassifier):
             "honor_lengths": self.honor_lengths,
             "multi_label": self.multi_label,
             "modality": self.modality,
+            "standardize": self.standardize,
         }
 
     def extra_repr(self) -> str:
@@ -278,17 +279,6 @@ class AttentionBoostedLSTM(VideoClassifier):
         )
 
     # Use
-
-    def _sets(self, features: object, lengths: object, offsets: object, max_length: object) -> Sets:
-        return one_modality(
-            features,
-            lengths,
-            offsets,
-            max_length,
-            modality=self.modality,
-            in_features=self.in_features,
-            like=self.fc.weight,
-        )
 
     def _prepared(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the LSTM reads: x (B, n, M) with 1 <= n <= T and 0 where excluded, and lengths in 1...n.

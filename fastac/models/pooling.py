@@ -12,14 +12,9 @@ from torch import Tensor, nn
 
 from fastac import checks, functional, reference
 
-from .base import (
-    VideoClassifier,
-    checked_count,
-    checked_dropout,
-    checked_dtype,
-    checked_modality,
-)
-from .inputs import Sets, one_modality, padded, without_excluded
+from .base import checked_count, checked_dropout, checked_dtype
+from .inputs import Sets, padded, without_excluded
+from .one_modality import OneModalityClassifier
 
 POOLINGS = ("mean", "netvlad", "sdpa")
 
@@ -133,7 +128,7 @@ class LearnedQueryPooling(nn.Module):
         return reference.masked_softmax(scores, valid)[0].to(x.dtype)
 
 
-class PoolingClassifier(VideoClassifier):
+class PoolingClassifier(OneModalityClassifier):
     """Features pooled over the positions of a video, dropout, one linear layer.
 
     - "mean": the mean feature, (B, M), Eq. 3 of Long et al. (CVPR 2018) with one unit;
@@ -151,10 +146,12 @@ class PoolingClassifier(VideoClassifier):
         multi_label: a video has any number of labels, rather than one: it decides ``losses`` and
             ``probabilities``.
         modality: the name of the features.
+        standardize: each feature enters as (x - mean) / std over the training set, which ``set_moments``
+            gives.
         device, dtype: where and in what type the parameters are made.
 
     State: ``fc.weight`` and ``fc.bias``; ``netvlad.assignment.weight``, ``netvlad.assignment.bias`` and
-    ``netvlad.centroids``; or ``sdpa.queries``.
+    ``netvlad.centroids``; or ``sdpa.queries``; with ``standardize`` ``feature_mean`` and ``feature_std``.
 
     Raises: TypeError for a wrong type, ValueError for a wrong value.
     """
@@ -169,16 +166,24 @@ class PoolingClassifier(VideoClassifier):
         dropout: float = 0.5,
         multi_label: bool = False,
         modality: str = "features",
+        standardize: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_classes, multi_label=multi_label)
-        self.in_features = m = checked_count("in_features", in_features)
+        super().__init__(
+            in_features,
+            num_classes,
+            standardize=standardize,
+            multi_label=multi_label,
+            modality=modality,
+            device=device,
+            dtype=dtype,
+        )
+        m = self.in_features
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.pooling = pooling
         self.cluster_size = n = checked_count("cluster_size", cluster_size)
-        self.modality = checked_modality(modality)
         factory: dict[str, Any] = {"device": device, "dtype": checked_dtype(dtype)}
         self.netvlad = NetVLAD(m, n, **factory) if pooling == "netvlad" else None
         self.sdpa = LearnedQueryPooling(m, n, **factory) if pooling == "sdpa" else None
@@ -190,11 +195,6 @@ class PoolingClassifier(VideoClassifier):
         for module in (self.netvlad, self.sdpa, self.fc):
             if module is not None:
                 module.reset_parameters()
-
-    @property
-    def dimensions(self) -> dict[str, int]:
-        """The dimension M of the features of its one modality."""
-        return {self.modality: self.in_features}
 
     @property
     def has_attention(self) -> bool:
@@ -212,6 +212,7 @@ class PoolingClassifier(VideoClassifier):
             "dropout": self.dropout.p,
             "multi_label": self.multi_label,
             "modality": self.modality,
+            "standardize": self.standardize,
         }
 
     def extra_repr(self) -> str:
@@ -220,17 +221,6 @@ class PoolingClassifier(VideoClassifier):
         return f"pooling={self.pooling!r}{size}, multi_label={self.multi_label}"
 
     # Use
-
-    def _sets(self, features: object, lengths: object, offsets: object, max_length: object) -> Sets:
-        return one_modality(
-            features,
-            lengths,
-            offsets,
-            max_length,
-            modality=self.modality,
-            in_features=self.in_features,
-            like=self.fc.weight,
-        )
 
     def _pooled(self, sets: Sets) -> Tensor:
         if self.pooling == "mean":

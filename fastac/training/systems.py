@@ -18,6 +18,7 @@ from fastac.models import (
     PyramidClassifier,
     VideoClassifier,
 )
+from fastac.models.one_modality import OneModalityClassifier
 
 from .config import Integer, Number, Settings, Switch
 
@@ -36,6 +37,7 @@ class TrainingFeatures(Protocol):
     @property
     def multi_label(self) -> bool: ...  # noqa: D102
     def mean_features(self) -> dict[str, Tensor]: ...  # noqa: D102
+    def feature_moments(self) -> dict[str, tuple[Tensor, Tensor]]: ...  # noqa: D102
     def mean_lengths(self) -> dict[str, float]: ...  # noqa: D102
 
 
@@ -112,6 +114,13 @@ class OneModalitySettings(SystemSettings):
         return {"num_classes": data.num_classes, "multi_label": data.multi_label, "modality": modality}
 
 
+def _standardized(model: OneModalityClassifier, data: TrainingFeatures) -> OneModalityClassifier:
+    """The model, with the moments of the training set where it wants them."""
+    if model.standardize:
+        model.set_moments(*data.feature_moments()[model.modality])
+    return model
+
+
 class AttentionBoostedLSTMSettings(OneModalitySettings):
     """`fastac.models.AttentionBoostedLSTM`."""
 
@@ -128,6 +137,9 @@ class AttentionBoostedLSTMSettings(OneModalitySettings):
     hidden_features: PositiveInt = Field(default=256, description="of the LSTM, per direction")
     dense_features: PositiveInt = Field(default=512, description="of the layer before the last")
     dropout: Dropout = Field(default=0.5, description="before the last layer")
+    standardize: Switch = Field(
+        default=False, description="features enter less the training set's mean, over its deviation"
+    )
     honor_lengths: Switch = Field(
         default=True, description="false: padding takes part, as in the published code"
     )
@@ -141,12 +153,13 @@ class AttentionBoostedLSTMSettings(OneModalitySettings):
             if math.isnan(mean):
                 raise ValueError(f"no video has the modality {common['modality']}: it has no mean length")
             length = max(1, int(mean))
-        return AttentionBoostedLSTM(
+        model = AttentionBoostedLSTM(
             data.modalities[common["modality"]],
             sequence_length=length,
             **self.model_dump(exclude={"system", "sequence_length"}),
             **common,
         )
+        return _standardized(model, data)
 
 
 class PoolingSettings(OneModalitySettings):
@@ -160,13 +173,17 @@ class PoolingSettings(OneModalitySettings):
     )
     cluster_size: PositiveInt = Field(default=64, description="clusters of netvlad, queries of sdpa")
     dropout: Dropout = Field(default=0.5, description="before the last layer")
+    standardize: Switch = Field(
+        default=False, description="features enter less the training set's mean, over its deviation"
+    )
 
     def build(self, data: TrainingFeatures) -> VideoClassifier:
         """See `SystemSettings.build`."""
         common = self.arguments(data)
-        return PoolingClassifier(
+        model = PoolingClassifier(
             data.modalities[common["modality"]], **self.model_dump(exclude={"system"}), **common
         )
+        return _standardized(model, data)
 
 
 class PyramidSettings(OneModalitySettings):
