@@ -26,7 +26,7 @@ import pybind11
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "avx512_bf16_dot")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -Wall -Wextra -g0"
 
 

@@ -265,8 +265,11 @@ py::object isa(const std::string& name) {
   if (name == "avx2") return avx2 ? py::cast(Isa{fastac::probe::avx2}) : py::none();
   if (name == "avx512") return avx512 ? py::cast(Isa{fastac::probe::avx512}) : py::none();
   if (name == "avx512_bf16") return avx512_bf16 ? py::cast(Isa{fastac::probe::avx512_bf16}) : py::none();
+  if (name == "avx512_bf16_dot")
+    return avx512_bf16 ? py::cast(Isa{fastac::probe::avx512_bf16_dot}) : py::none();
 #else
-  if (name == "avx2" || name == "avx512" || name == "avx512_bf16") return py::none();
+  for (const char* known : {"avx2", "avx512", "avx512_bf16", "avx512_bf16_dot"})
+    if (name == known) return py::none();
 #endif
   throw std::invalid_argument("no instruction set is called " + name);
 }

@@ -1,6 +1,6 @@
 // The probes of one instruction set. The builder puts this in the place of kernels.h into a copy of each of
-// csrc/cpu/{baseline,avx2,avx512,avx512_bf16}.cpp, so that target pragma, vector width and tile sizes are the
-// library's own. FASTAC_PROBES is the name of the table.
+// csrc/cpu/{baseline,avx2,avx512,avx512_bf16*}.cpp, so that target pragma, vector width and tile sizes are
+// the library's own. FASTAC_PROBES is the name of the table.
 
 namespace {
 

@@ -67,6 +67,7 @@ extern const Probes baseline;
 extern const Probes avx2;
 extern const Probes avx512;
 extern const Probes avx512_bf16;
+extern const Probes avx512_bf16_dot;
 #endif
 
 }  // namespace fastac::probe
