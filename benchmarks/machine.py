@@ -72,7 +72,7 @@ def isa() -> str:
 
     if not _native.available:
         return "none (no native library)"
-    return _native.ISA_NAMES[torch.ops.fastac.cpu_isa()]
+    return _native.isa()
 
 
 def describe(backend: str) -> dict[str, object]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,9 +163,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     given = arguments()
-    if any(os.environ.get(name) != value for name, value in machine.KEEP.items()):
-        command = [sys.executable, "-m", "benchmarks.softmax_weight", *sys.argv[1:]]
-        os.execve(sys.executable, command, machine.keeping_environment())
+    machine.reexecute(False, "benchmarks.softmax_weight")
     machine.prime(1)
     rows: list[dict[str, object]] = []
     for shape in SHAPES:
