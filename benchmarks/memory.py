@@ -11,6 +11,7 @@ import gc
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from . import machine
 from .peers import PEERS, Compiled, Ours, Prepared, reason_of
-from .workloads import OVERHEAD, WORKLOADS, Workload, make_case
+from .workloads import OVERHEAD, Workload, make_case
 
 PER_THREAD = 4 << 20
 """The "fixed amount per thread" of the limit, in bytes."""
@@ -64,7 +65,10 @@ def peak(prepared: Prepared, mode: str, ready: bool) -> dict[str, int]:
 
 
 def measure_here(workload: Workload, backend: str, threads: int, names: list[str]) -> Found:
-    """Measure in this process, which should do nothing else; ours is always measured, and first."""
+    """Measure in this process, which must be new; ours is always measured, and first.
+
+    What earlier work freed stays resident in the heap, is used again and shows no peak.
+    """
     torch.set_num_threads(threads)
     return_freed_memory()
     contenders: dict[str, Any] = {"ours": Ours(backend)}
@@ -97,9 +101,7 @@ def measure_here(workload: Workload, backend: str, threads: int, names: list[str
     return found
 
 
-def measure(
-    workload: str, backend: str, threads: int, contenders: list[str], *, divide_batch: int = 1
-) -> Found:
+def measure(workload: Workload, backend: str, threads: int, contenders: list[str]) -> Found:
     """By contender and mode: peak_bytes, beyond the inputs, and workspace_bytes; or the reason of neither.
 
     Raises: RuntimeError if the process fails.
@@ -107,18 +109,17 @@ def measure(
     if not available():
         none = {"reason": "the system does not tell the peak of the resident memory (/proc/self/clear_refs)"}
         return {name: dict.fromkeys(MEASURED_MODES, none) for name in contenders}
-    arguments = [workload, str(divide_batch), backend, str(threads), *contenders]
+    arguments = [json.dumps(asdict(workload)), backend, str(threads), *contenders]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *arguments],
         cwd=machine.ROOT, env=machine.default_environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {workload} failed:\n{done.stderr}")
+        raise RuntimeError(f"measuring the memory of {workload.name} failed:\n{done.stderr}")
     result: Found = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 if __name__ == "__main__":
-    name, divisor, backend, threads, *names = sys.argv[1:]
-    chosen = WORKLOADS[name].reduced(int(divisor))
-    print(json.dumps(measure_here(chosen, backend, int(threads), names)))
+    sizes, backend, threads, *names = sys.argv[1:]
+    print(json.dumps(measure_here(Workload(**json.loads(sizes)), backend, int(threads), names)))

@@ -230,7 +230,7 @@ def test_peaks() -> None:
     if not memory.available():
         pytest.skip("the system does not tell the peak of the resident memory")
     large = replace(SMALL, length=2000, in_features=1000)
-    found = memory.measure_here(large, "cpu", 1, ["ours", "eager"])
+    found = memory.measure(large, "cpu", 1, ["ours", "eager"])
     gradients = large.batch * (large.length + large.cluster_size) * large.in_features * 4
     for modes in found.values():
         assert set(modes) == set(memory.MEASURED_MODES)
@@ -263,14 +263,14 @@ def test_peaks_are_records(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     asked: list[Any] = []
 
-    def measure(*arguments: Any, **more: Any) -> Any:
-        asked.append((arguments, more))
+    def measure(*arguments: Any) -> Any:
+        asked.append(arguments)
         return found
 
     monkeypatch.setattr(memory, "measure", measure)
     records = list(peaks.run(options("ragged"), {}))
     whole(records)
-    assert asked == [(("ragged", "cpu", 1, ["ours", "eager", "sdpa"]), {"divide_batch": 1})]
+    assert asked == [(TINY["ragged"], "cpu", 1, ["ours", "eager", "sdpa"])]
     assert {(r["contender"], r["layout"], r["reason"]) for r in records} == {
         ("ours", "packed", ""),
         ("eager", "padded", "no room"),

@@ -20,9 +20,7 @@ def run(options: Options, errors: dict[str, list[str]]) -> Iterator[Record]:
     for workload in options.chosen():
         rows = make_case(workload).rows
         say(f"memory of {workload.name} ...")
-        found = memory.measure(
-            workload.name, options.backend, options.threads, names, divide_batch=options.divide_batch
-        )
+        found = memory.measure(workload, options.backend, options.threads, names)
         for contender, modes in found.items():
             layout = "dense" if not workload.ragged else "packed" if contender == "ours" else "padded"
             for mode, figures in modes.items():
