@@ -147,8 +147,9 @@ gpu: $(if $(GPU_PYTHON),,$(if $(GPU_DEVICE),build))
 # build wheels would carry the sanitizer into those programs and stay out, as does the one that writes into a guard.
 SANITIZED := build/sanitize
 # What runs the kernels on tensors.
-SANITIZED_TESTS := autograd backends backward bounds classifier cuda_cluster cuda_emulation cuda_operators cuda_plan \
-	determinism errors forward helpers memory module properties ragged reference softmax_weight strides
+SANITIZED_TESTS := autograd backends backward bounds classifier classifier_config classifier_errors cuda_cluster \
+	cuda_emulation cuda_operators cuda_plan determinism errors forward helpers memory module properties ragged reference \
+	softmax_weight strides
 sanitize: build
 	@echo "== building $(SANITIZED)/fastac"
 	@CXX="$(CXX)" FASTAC_SANITIZE=1 $(PY) setup.py --quiet build --build-lib $(SANITIZED)

@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -160,6 +161,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def harness() -> ModuleType:
+    """The C++ internals of the CPU kernels; see `native`."""
+    from native import load
+
+    return load()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,11 @@ NOISE = 6.0
 """How many times the effect of one unavoidable rounding ours may be: a sum over L has several."""
 
 Results = dict[str, Tensor]
+
+
+def generator() -> np.random.Generator:
+    """Random numbers of numpy, seeded per test by conftest.py as torch's are."""
+    return np.random.default_rng(int(torch.randint(2**31, ()).item()))
 
 
 # Cases

@@ -1,10 +1,7 @@
-"""The training engine in one process: steps, shares, metrics, settings, and what it says."""
+"""The training engine in one process: shares, steps, what goes wrong, evaluation."""
 
 from __future__ import annotations
 
-import csv
-import io
-import logging
 import math
 import multiprocessing
 import sys
@@ -16,25 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 from training_helpers import CLASSES, RaggedFeatures, make_model
 
 from fastac.data import FeatureArray, FeatureBatch
 from fastac.training import (
-    CheckpointError,
     OptimizerConfig,
     Trainer,
     TrainingConfig,
     TrainingError,
     checkpoint,
     evaluate,
-    log,
     predict,
 )
 from fastac.training.distributed import Processes, choose_device, current
 from fastac.training.engine import class_weights
-from fastac.training.log import MetricsLog, Progress
 from fastac.training.metrics import compute, make_metrics, update
 from fastac.training.sampler import BatchSampler, mixed_seed
 
@@ -450,150 +443,6 @@ def test_leaving_predictions_early_restores_the_mode() -> None:
     assert not model.training
     del predictions
     assert model.training
-
-
-# Files and progress
-
-
-def test_metrics_are_read_back_exactly(tmp_path: Path) -> None:
-    rows = MetricsLog(tmp_path, epochs_done=0, tensorboard=False)
-    rows.add(1, {"train_loss": 0.1, "train_seconds": 1.0})
-    rows.add(2, {"train_loss": 1 / 3, "train_seconds": 1.0, "validation_loss": math.nan})
-    with (tmp_path / "metrics.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
-    assert [float(row["train_loss"]) for row in read] == [0.1, 1 / 3]
-    assert read[0]["validation_loss"] == ""
-    assert [row["epoch"] for row in MetricsLog(tmp_path, epochs_done=1, tensorboard=False).rows] == ["1"]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
-
-
-def test_another_table_is_not_overwritten(tmp_path: Path) -> None:
-    for text in ("a,b\n1,2\n", "epoch,loss\nfirst,2\n"):
-        (tmp_path / "metrics.csv").write_text(text)
-        with pytest.raises(CheckpointError, match=r"metrics\.csv must have the number of an epoch"):
-            MetricsLog(tmp_path, epochs_done=0, tensorboard=False)
-        assert (tmp_path / "metrics.csv").read_text() == text
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_progress_in_a_log_file_is_a_line_a_minute(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    now = [1000.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
-    caplog.set_level(logging.INFO, logger="fastac")
-    with Progress("epoch 3", 10_000, "videos") as progress:
-        for _ in range(100):
-            progress.advance(100)
-            now[0] += 1.5
-    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
-    assert caplog.messages == [
-        "epoch 3: 4,200 of 10,000 videos",
-        "epoch 3: 8,300 of 10,000 videos",
-    ]
-    caplog.clear()
-    with Progress("epoch 3", 10_000, "videos", show=False) as progress:
-        now[0] += 1000
-        progress.advance(100)
-    assert caplog.messages == []
-
-
-def test_progress_on_a_terminal_is_a_bar_that_goes(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, logger="fastac")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with Progress("epoch 3", 200, "videos") as progress:
-        progress.advance(200)
-    written = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert "epoch 3" in written
-    assert "\n" not in written
-    assert written.endswith("\r")
-    assert caplog.messages == []
-
-
-def test_a_run_says_a_line_per_epoch(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="fastac")
-    Trainer(make_model(), RaggedFeatures(9), RaggedFeatures(9), settings()).fit()
-    lines = [line for line in caplog.messages if line.startswith("epoch")]
-    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
-    assert "validation_accuracy 0." in lines[0]
-
-
-# Settings
-
-
-def test_all_wrong_settings_are_reported_at_once() -> None:
-    wrong = {
-        "epochs": 0,
-        "batch_size": True,
-        "accumulation": "2",
-        "optimizer": {"name": "lion", "lr": math.nan, "momentum": True, "weight_decay": -1, "beta": 3},
-        "clip_norm": 0,
-        "class_weights": 1,
-        "precision": "fp8",
-        "seed": 2**32,
-        "workers": 1.0,
-        "evaluation_batch_size": None,
-        "tensorboard": "yes",
-        "epoch": 3,
-    }
-    with pytest.raises(ValidationError) as caught:
-        TrainingConfig.model_validate(wrong)
-    found = {".".join(map(str, e["loc"])): e["type"] for e in caught.value.errors()}
-    assert found == {
-        "epochs": "greater_than_equal",
-        "batch_size": "int_type",
-        "accumulation": "int_type",
-        "optimizer.name": "literal_error",
-        "optimizer.lr": "finite_number",
-        "optimizer.momentum": "float_type",
-        "optimizer.weight_decay": "greater_than_equal",
-        "optimizer.beta": "extra_forbidden",
-        "clip_norm": "greater_than",
-        "class_weights": "bool_type",
-        "precision": "literal_error",
-        "seed": "less_than",
-        "workers": "int_type",
-        "evaluation_batch_size": "int_type",
-        "tensorboard": "bool_type",
-        "epoch": "extra_forbidden",
-    }
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"optimizer": {"name": "adam", "momentum": 0.5}}, "momentum 0 for adam"),
-        ({"optimizer": 3}, "valid dictionary"),
-        ({"optimizer": {"lr": math.inf}}, "finite number"),
-        ({"optimizer": {"lr": 0}}, "greater than 0"),
-        ({"optimizer": {"lr": "fast"}}, "valid number"),
-        ({"clip_norm": True}, "valid number"),
-        ({"epochs": 2.5}, "valid integer"),
-    ],
-)
-def test_wrong_settings(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message) as caught:
-        TrainingConfig.model_validate(wrong)
-    assert len(caught.value.errors()) == 1
-
-
-def test_settings_of_the_paper_and_of_files() -> None:
-    """RMSProp with 1e-3, norm 5, weights 1/S (5.4); they survive JSON."""
-    config = TrainingConfig()
-    assert (config.optimizer.name, config.optimizer.lr, config.clip_norm) == ("rmsprop", 1e-3, 5)
-    assert config.class_weights
-    changed = TrainingConfig(optimizer=OptimizerConfig(name="sgd", momentum=0.9), clip_norm=None)
-    assert TrainingConfig.model_validate_json(changed.model_dump_json()) == changed
-    assert TrainingConfig.model_validate({"optimizer": {"lr": "1e-3"}, "clip_norm": 3}).clip_norm == 3.0
-    with pytest.raises(ValidationError, match="frozen"):
-        config.epochs = 3  # type: ignore[misc]
 
 
 # Processes and devices

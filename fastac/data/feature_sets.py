@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .batch import FeatureBatch
-from .labels import LabelTable, check_class_names, encode_labels, read_labels
+from .labels import check_class_names, encode_labels, read_labels, unlabelled
 from .memory import MemoryStorage
 from .moments import Moments
 from .problems import DataProblemsError, Problem, listing
-from .sampling import Sampling, sampling_generator
-from .storage import EntryError, Float32Array, Select, Storage, Video, open_storage
+from .sampling import Sampling, sampling_generator, sampling_of
+from .storage import EntryError, Float32Array, Select, Storage, Video, finite_sum, open_storage
 
 logger = logging.getLogger("fastac")
 
@@ -156,7 +156,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         stored = self.storage.videos
         if table is None:
             names = stored
-        self.unlabelled = _match(self.storage, stored, table, names)
+        self.unlabelled = unlabelled(self.storage, stored, table, names)
         there = set(stored)
         kept = [at for at, name in enumerate(names) if name in there]
         self._problems += [
@@ -177,7 +177,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         self.names = [names[at] for at in kept]
         self.labels: Tensor | None = None if classes is None else classes.labels[kept]
         self._finish_checks()
-        self._sampling = _sampling_of(sampling, self.modalities)
+        self._sampling = sampling_of(sampling, self.modalities)
 
         # Shared with worker processes. A cell of _failed only ever goes from 0 to 1.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -280,7 +280,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
                         try:
                             if full:
                                 x = opened.read(name)
-                                total = _finite_sum(x, opened.where(name))
+                                total = finite_sum(x, opened.where(name))
                                 length, m = x.shape
                             else:
                                 length, m = opened.shape(name)
@@ -414,7 +414,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
             found = f"must have M = {m:,}, got {x.shape[1]:,}"
             raise EntryError("wrong dimension", found, opened.where(modality))
         if not np.isfinite(x).all():
-            _finite_sum(x, opened.where(modality))
+            finite_sum(x, opened.where(modality))
         return x
 
     def _broke(self, index: int, modality: str, problem: Problem) -> None:
@@ -547,20 +547,6 @@ def _problem(video: str, modality: str | None, error: EntryError) -> Problem:
     return Problem(video, modality, error.what, error.found, error.where)
 
 
-def _finite_sum(x: Float32Array, where: str) -> npt.NDArray[np.float64]:
-    """The sum of the rows. Raises: EntryError for NaN or Inf, which make the sum NaN or Inf."""
-    with np.errstate(invalid="ignore"):
-        total: npt.NDArray[np.float64] = x.sum(0, dtype=np.float64)
-    if not np.isfinite(total).all():
-        nans, infs = np.isnan(x), np.isinf(x)
-        row = int((nans | infs).any(1).argmax())
-        found = " and ".join(
-            f"{count:,} {name}" for count, name in ((nans.sum(), "NaN"), (infs.sum(), "Inf")) if count
-        )
-        raise EntryError("not finite", f"{found} of {x.size:,} values, first in row {row}", where)
-    return total
-
-
 def _asked_modalities(modalities: Any) -> dict[str, int | None] | None:
     """By name M, or None where it is to be found out."""
     if modalities is None:
@@ -581,41 +567,6 @@ def _asked_modalities(modalities: Any) -> dict[str, int | None] | None:
         if isinstance(m, bool) or not isinstance(m, int) or m < 1:
             raise ValueError(f"modalities must map names to M, an int >= 1, got {m!r} for {name!r}")
     return dict(modalities)
-
-
-def _sampling_of(sampling: Any, modalities: Iterable[str]) -> dict[str, Sampling | None]:
-    """The sampling of each modality."""
-    given = sampling if isinstance(sampling, Mapping) else dict.fromkeys(modalities, sampling)
-    unknown = [name for name in given if name not in modalities]
-    if unknown:
-        raise ValueError(
-            f"sampling must name some of the modalities {', '.join(modalities)}, got {unknown[0]!r}"
-        )
-    for rule in given.values():
-        if rule is not None and not isinstance(rule, Sampling):
-            raise TypeError(
-                f"sampling must be a Sampling such as RandomSampling(k), got {type(rule).__name__}"
-            )
-    return {name: given.get(name) for name in modalities}
-
-
-def _match(
-    storage: Storage, stored: Sequence[str], table: LabelTable | None, names: Sequence[str]
-) -> list[str]:
-    """Videos in storage without a label. Raises: ValueError if labels and storage share no name."""
-    if table is None:
-        return []
-    there = set(stored)
-    if not there.intersection(names):
-
-        def two(examples: Sequence[str]) -> str:
-            return ", ".join(map(repr, examples[:2])) or "none"
-
-        raise ValueError(
-            f"labels and features must name the same videos: none of the {len(names):,} in {table.path} "
-            f"(such as {two(names)}) is among the {len(stored):,} in {storage.path} (such as {two(stored)})"
-        )
-    return sorted(there.difference(table.videos))
 
 
 def _with_bar(items: Sequence[_T], title: str) -> Iterable[_T]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .problems import DataProblemsError, Problem, listing
+from .storage import Storage
 
 TRAINING_SPLIT = "train"
 _SEPARATORS = re.compile(r"[;|]")
@@ -242,6 +243,25 @@ def encode_labels(
     for at, cell in enumerate(labels.values()):
         encoded[at, [numbers[name] for name in cell]] = 1
     return Classes(names, encoded)
+
+
+def unlabelled(
+    storage: Storage, stored: Sequence[str], table: LabelTable | None, names: Sequence[str]
+) -> list[str]:
+    """Videos in storage without a label. Raises: ValueError if labels and storage share no name."""
+    if table is None:
+        return []
+    there = set(stored)
+    if not there.intersection(names):
+
+        def two(examples: Sequence[str]) -> str:
+            return ", ".join(map(repr, examples[:2])) or "none"
+
+        raise ValueError(
+            f"labels and features must name the same videos: none of the {len(names):,} in {table.path} "
+            f"(such as {two(names)}) is among the {len(stored):,} in {storage.path} (such as {two(stored)})"
+        )
+    return sorted(there.difference(table.videos))
 
 
 def _split_cell(cell: str, multi_label: bool) -> list[str]:

@@ -7,8 +7,9 @@ equal intervals; K is 15 in training and 20 in testing on UCF101 and HMDB51, 20 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -79,3 +80,19 @@ class EqualIntervals:
 def sampling_generator(seed: int, epoch: int, index: int, modality: str) -> np.random.Generator:
     """The random stream of one set in one epoch: a function of the four arguments and nothing else."""
     return np.random.default_rng((seed, epoch, index, zlib.crc32(modality.encode())))
+
+
+def sampling_of(sampling: Any, modalities: Iterable[str]) -> dict[str, Sampling | None]:
+    """The sampling of each modality."""
+    given = sampling if isinstance(sampling, Mapping) else dict.fromkeys(modalities, sampling)
+    unknown = [name for name in given if name not in modalities]
+    if unknown:
+        raise ValueError(
+            f"sampling must name some of the modalities {', '.join(modalities)}, got {unknown[0]!r}"
+        )
+    for rule in given.values():
+        if rule is not None and not isinstance(rule, Sampling):
+            raise TypeError(
+                f"sampling must be a Sampling such as RandomSampling(k), got {type(rule).__name__}"
+            )
+    return {name: given.get(name) for name in modalities}

@@ -62,6 +62,20 @@ def check_entry(shape: tuple[int, ...], dtype: np.dtype[Any], where: str) -> Non
         raise EntryError("empty", f"must have L, M >= 1, got shape {shape}", where)
 
 
+def finite_sum(x: Float32Array, where: str) -> npt.NDArray[np.float64]:
+    """The sum of the rows. Raises: EntryError for NaN or Inf, which make the sum NaN or Inf."""
+    with np.errstate(invalid="ignore"):
+        total: npt.NDArray[np.float64] = x.sum(0, dtype=np.float64)
+    if not np.isfinite(total).all():
+        nans, infs = np.isnan(x), np.isinf(x)
+        row = int((nans | infs).any(1).argmax())
+        found = " and ".join(
+            f"{count:,} {name}" for count, name in ((nans.sum(), "NaN"), (infs.sum(), "Inf")) if count
+        )
+        raise EntryError("not finite", f"{found} of {x.size:,} values, first in row {row}", where)
+    return total
+
+
 class Video(ABC):
     """One video, opened. Every method raises `EntryError` where the entry is broken."""
 

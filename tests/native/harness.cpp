@@ -1,5 +1,5 @@
-// The internals of the CPU kernels as a Python module, for tests/test_native.py. Arrays are numpy's; every
-// one is checked for its type and for the elements the call reads or writes.
+// The internals of the CPU kernels as a Python module, for tests/test_native.py and test_native_plan.py.
+// Arrays are numpy's; every one is checked for its type and for the elements the call reads or writes.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
