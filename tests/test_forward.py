@@ -6,7 +6,18 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, FEATURES, HALF, LAYOUTS, WEIGHTINGS, assert_equal, check_case, make_case, run
+from helpers import (
+    DTYPES,
+    FEATURES,
+    HALF,
+    LAYOUTS,
+    WEIGHTINGS,
+    assert_equal,
+    check_case,
+    make_case,
+    run,
+    truth,
+)
 from tested_backends import Backend
 
 IDS = {"ids": lambda v: str(v).removeprefix("torch.")}
@@ -47,6 +58,14 @@ def test_sizes(backend: Backend, B: int, L: int, M: int, N: int, dtype: torch.dt
     for weighting in ("fc1", "scores", "average"):
         case = make_case(B=B, L=L, M=M, N=N, dtype=dtype, weighting=weighting)
         check_case(backend, case, backward=False, all_terms=True)
+
+
+@pytest.mark.parametrize(("L", "M", "N"), [(128, 256, 8), (512, 256, 8), (1000, 128, 32), (4000, 64, 4)])
+def test_the_error_does_not_grow_with_the_length(native: Backend, L: int, M: int, N: int) -> None:
+    """One chain of additions over all positions errs as their square root: 5 eps at 512."""
+    case = make_case(B=4, L=L, M=M, N=N)
+    y, exact = (run(call, c)["y"].double() for call, c in ((native, case), (truth, case.to(torch.float64))))
+    assert (y - exact).norm() <= 3.5 * torch.finfo(torch.float32).eps * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)

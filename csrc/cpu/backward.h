@@ -253,7 +253,7 @@ class Backward {
                     stride_);
     } else if (score_weight_) {
       score_block<A>(scratch.panels, scratch.offset, rows, problem_.features, score_weight_.units(0),
-                     score_weight_.sums(0), vectors_, scratch.weights, stride_);
+                     score_weight_.sums(0), vectors_, scratch.weights, stride_, score_run(problem_.features));
     } else if (problem_.scores != nullptr) {
       const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
                                  problem_.scores_unit_stride, problem_.scores_position_stride};
@@ -291,8 +291,8 @@ class Backward {
       if (first) output_gradient_.transposed(scratch.du, set);
       if constexpr (!kPaired)
         if (needs_dot())
-          score_block<A, kDotRun>(scratch.panels, scratch.offset, rows, problem_.features,
-                                  scratch.du.transposed, scratch.none, vectors_, scratch.ds, stride_);
+          score_block<A>(scratch.panels, scratch.offset, rows, problem_.features, scratch.du.transposed,
+                         scratch.none, vectors_, scratch.ds, stride_, kDotRun);
       return;
     }
     balanced(units_, kDotTile, [&](int64_t n0, int64_t p) {

@@ -159,7 +159,7 @@ class Forward {
     const int64_t vectors = cpu::ceil_div(units, kLanes<A>), stride = vectors * kLanes<A>;
     if (weight_) {
       score_block<A>(scratch.by_feature, scratch.offset, rows, problem_.features, weight_.units(unit_begin),
-                     weight_.sums(unit_begin), vectors, scratch.scores, stride);
+                     weight_.sums(unit_begin), vectors, scratch.scores, stride, score_run(problem_.features));
     } else if (problem_.scores != nullptr) {
       const ScoreSource<A> given{static_cast<const A*>(problem_.scores) + problem_.scores_begin(set),
                                  problem_.scores_unit_stride, problem_.scores_position_stride};

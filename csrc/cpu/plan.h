@@ -11,7 +11,8 @@
 namespace fastac::cpu {
 
 constexpr int64_t kBlockElements =
-    128 * 1024;  // of x packed at a time: 512 KiB in float32, a quarter of a common L2
+    128 * 1024;                      // of x packed at a time: 512 KiB in float32, a quarter of a common L2
+constexpr int64_t kBlockRows = 128;  // ... of no more rows, which are one chain of additions
 constexpr int64_t kUnitElements = 512 * 1024;  // of running sums (units x features) a forward task holds
 constexpr int64_t kUnitGranule = 16;    // unit blocks start at multiples of every instruction set's vector
 constexpr int64_t kForwardTasks = 64;   // ranges of equal work a forward call is cut into
@@ -44,7 +45,7 @@ struct Plan {
 };
 
 inline int64_t block_rows(int64_t features) {
-  return std::max<int64_t>(8, kBlockElements / std::max<int64_t>(features, 64));
+  return std::clamp<int64_t>(kBlockElements / features, 8, kBlockRows);
 }
 
 inline std::vector<Segment> make_segments(const Sets& sets, int64_t units) {

@@ -2,8 +2,10 @@
 // that the softmax runs down the rows with one unit per lane. Included inside an anonymous namespace.
 
 // A score is summed in runs of this many features, since the rounding error of one long chain of additions
-// grows with it.
-constexpr int64_t kScoreRun = 256;
+// grows with it. Short rows, where torch.mm errs less as well, have shorter runs.
+inline int64_t score_run(int64_t features) {
+  return features < 512 ? 128 : 256;
+}
 
 // W as score_block takes it: [vector of units][feature][unit], zero beyond N and M, and sum_m W[n, m].
 template <typename T, typename O>
@@ -41,14 +43,15 @@ class ScoreWeight {
   int64_t size_ = 0;
 };
 
-// S[r, n] = sum_m x[r, m] weight[n, m] (Eq. 4) for r < rows and the units of `vectors` packed vectors.
-template <typename A, int64_t Run = kScoreRun, typename O>
+// S[r, n] = sum_m x[r, m] weight[n, m] (Eq. 4) for r < rows and the units of `vectors` packed vectors, in
+// runs of `run_features`.
+template <typename A, typename O>
 inline void score_block(const O* panels, const A* offset, int64_t rows, int64_t features,
                         const O* packed_weight, const A* weight_sums, int64_t vectors, A* scores,
-                        int64_t stride) {
+                        int64_t stride, int64_t run_features) {
   constexpr int64_t kRow = kPanelOperands<A, O>;
   const int64_t count = panel_count<A>(features), padded = count * kRow, operands = summed<O>(features),
-                run_panels = std::max<int64_t>(Run / kPanel<A>, 1);
+                run_panels = std::max<int64_t>(run_features / kPanel<A>, 1);
   auto run = [&](int64_t first, auto width) {
     constexpr int kWidth = decltype(width)::value;
     balanced(rows, kTileRows, [&](int64_t r0, int64_t n) {

@@ -224,7 +224,7 @@ void probe_score_block(bool f64, const void* panels, const void* offset, int64_t
                        int64_t stride) {
   with_accumulator(f64, [&](auto a) {
     score_block(in_as(a, panels), in_as(a, offset), rows, features, in_as(a, weight), in_as(a, weight_sums),
-                vectors, out_as(a, scores), stride);
+                vectors, out_as(a, scores), stride, score_run(features));
   });
 }
 
