@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from . import machine
@@ -95,6 +96,13 @@ def main() -> int:
     except correctness.Red as wrong:
         print(f"WRONG RESULT, no speed is reported: {wrong}", file=sys.stderr)
         return 1
+    except compare.Unfinished as end:
+        folder = Path(tempfile.mkdtemp(prefix="fastac-benchmarks-"))
+        save(end.report, folder)
+        print(f"{end}; the records from before are in {folder}", file=sys.stderr)
+        if isinstance(end.__cause__, KeyboardInterrupt):
+            return 130
+        raise
     print(tables.render(report))
     for path in save(report, given.output):
         print(f"saved {path}")

@@ -356,6 +356,36 @@ def test_a_run_has_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     json.dumps(report.records, allow_nan=False)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()])
+def test_what_was_measured_before_a_failure_is_kept(
+    error: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = record(SMALL, 28, suite="speed", contender="ours", median_s=1.0)
+
+    def fails(options: Options, errors: dict[str, list[str]]) -> Iterator[Record]:
+        raise error
+        yield
+
+    monkeypatch.setitem(SUITES, "speed", lambda options, errors: iter([row]))
+    monkeypatch.setitem(SUITES, "overhead", fails)
+    monkeypatch.setattr(machine, "reexecute", lambda *arguments: None)
+    monkeypatch.setattr(command_line.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "kept"))
+    asked = ["benchmarks", "--suite", "speed", "--suite", "overhead", "--output", str(tmp_path / "results")]
+    monkeypatch.setattr(sys, "argv", asked)
+    if isinstance(error, KeyboardInterrupt):
+        assert command_line.main() == 130
+    else:
+        with pytest.raises(compare.Unfinished):
+            command_line.main()
+    assert "suite overhead did not finish; the records from before are in" in capsys.readouterr().err
+    (kept,) = (tmp_path / "kept").glob("*.json")
+    assert json.loads(kept.read_text())["records"] == [row]
+    assert not (tmp_path / "results").exists()
+
+
 def test_the_sweeps_are_one_of_the_suites(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [record(SMALL, 28, suite=SWEEP, varied="L", contender="ours", median_s=1.0)]
     exponents = [{"varied": "L", "workload": "w", "mode": "forward", "contender": "ours", "quantity": "time",
