@@ -79,6 +79,24 @@ def test_long_sets(backend: Backend, features: str, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", HALF, **IDS)
+@pytest.mark.parametrize("features", ["relu", "log_softmax"])
+@pytest.mark.parametrize(
+    ("B", "L", "M", "N"),
+    [(2, 300, 1024, 16), (2, 1500, 129, 6), (1, 1500, 129, 130), (2, 2500, 129, 6)],
+    ids=["kept", "kept, short rows", "read twice", "cut"],
+)
+def test_half_sets_of_several_blocks(
+    native: Backend, B: int, L: int, M: int, N: int, features: str, dtype: torch.dtype
+) -> None:
+    """With y rounded and x alike everywhere, an error that all dS of a set share is magnified in dW."""
+    for weighting in ("fc1", "scores", "position_bias"):
+        case = make_case(B=B, L=L, M=M, N=N, features=features, dtype=dtype, weighting=weighting)
+        check_case(native, case)
+    lengths = make_case(B=B, L=L, M=M, N=N, features=features, dtype=dtype, layout="lengths")
+    check_case(native, lengths, wanted=("weight",))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, **IDS)
 @pytest.mark.parametrize(
     ("B", "L", "M", "N"),

@@ -1,9 +1,9 @@
-// The backward kernel in its direct form, one pass over x, y and dY. With c = 1 / (sqrt(N) max(||u||, eps)):
+// The backward kernel in its direct form, one pass over x, y and dY; two over x where `reads_twice` says so.
+// With c = 1 / (sqrt(N) max(||u||, eps)):
 //     dU = c (dY - u^ (u^ . dY)),  u^ = sqrt(N) y          e = alpha dU x^T
 //     dS = a (e - rowsum(a e))                             dX = a^T (alpha dU) + dS^T W
 //     dW = sum dS x      dbeta = dU . 1      dalpha = dU . z
-// A task is a run of segments and owns one partial sum of every parameter gradient; they are added in a fixed
-// order.
+// A task is a run of segments and owns one copy of every parameter gradient (parameter_sums.h).
 //
 // Rows of few vectors do not fill a panel and leave little to add up in the lanes of a dot tile. There dU and
 // dW are kept transposed, with units in lanes. Included inside an anonymous namespace.
@@ -12,6 +12,7 @@ template <typename T, typename O = typename Accumulator<T>::type>
 class Backward {
   using A = typename Accumulator<T>::type;
   static constexpr bool kPaired = kSummands<O> > 1;
+  static constexpr bool kRounded = !std::is_same_v<T, A>;  // y is
   static constexpr int64_t kRow = kPanelOperands<A, O>;
 
  public:
@@ -25,35 +26,37 @@ class Backward {
         units_(problem.units),
         vectors_(cpu::ceil_div(problem.units, kLanes<A>)),
         stride_(vectors_ * kLanes<A>),
+        kept_rows_(kept_rows()),
         units_in_lanes_(!kPaired && problem.features <= cpu::kShortRow && vectors_ % kTileVectors == 0),
         output_gradient_(problem, args, needs_ds()),
         stream_(args.dx != nullptr && streams<T>(args.dx, problem.features,
-                                                 problem.sets.rows * problem.features * int64_t(sizeof(T)))) {
-  }
+                                                 problem.sets.rows * problem.features * int64_t(sizeof(T)))),
+        sums_(problem, args, int64_t(plan_.tasks.size()), units_in_lanes_) {}
 
   void run() {
     pack_weight();
-    const int64_t chunks = int64_t(plan_.tasks.size());
     cpu::Arena measure;
-    layout_partials(measure, chunks);
-    partials_ = cpu::allocate(measure.used());
-    cpu::Arena arena(partials_.get());
-    layout_partials(arena, chunks);
+    layout_sums(measure);
+    sums_memory_ = cpu::allocate(measure.used());
+    cpu::Arena arena(sums_memory_.get());
+    layout_sums(arena);
     for (int64_t n = 0; n < stride_; ++n) {  // without a shift u = z; beyond N anything finite will do
       alpha_[n] = problem_.shift && n < units_ ? static_cast<const A*>(problem_.alpha)[n] : A(1);
       beta_[n] = problem_.shift && n < units_ ? static_cast<const A*>(problem_.beta)[n] : A(0);
     }
-    cpu::parallel(parallel_for_, chunks, [&](int64_t begin, int64_t end) {
+    if (row_sums_ != nullptr) sum_rows_of_cut_sets();
+    cpu::parallel(parallel_for_, int64_t(plan_.tasks.size()), [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t c = begin; c < end; ++c) chunk(scratch, c);
       if (stream_) stream_fence();
     });
-    reduce(chunks);
+    sums_.reduce(parallel_for_);
   }
 
  private:
   static constexpr int64_t kDotRun = 32;  // features of dU . d added up in one chain, with units in lanes
   static constexpr int64_t kPrefetchBytes = 192 << 10;  // of y and of dY each
+  static constexpr int64_t kKept = 128 << 10;           // of a, and of dU . d, between two passes
 
   struct Scratch {
     explicit Scratch(const Backward& b) : memory(layout(b, nullptr)) { layout(b, memory.data()); }
@@ -65,11 +68,10 @@ class Backward {
       panels = arena.take<O>(rows * b.panels_ * kRow);
       du.rows = b.keeps_du_rows() ? arena.take<O>(b.units_ * b.panels_ * kRow) : nullptr;
       du.transposed = b.units_in_lanes_ ? arena.take<A>(b.stride_ * b.panels_ * kPanel<A>) : nullptr;
-      weights = arena.take<A>(rows * b.stride_);
-      ds = arena.take<A>(rows * b.stride_);
+      all_weights = arena.take<A>(std::max(rows, b.kept_rows_) * b.stride_);
+      all_ds = arena.take<A>(std::max(rows, b.kept_rows_) * b.stride_);
       by_unit_weights = arena.take<O>(summed<O>(b.stride_) * row_stride);
       by_unit_ds = arena.take<O>(summed<O>(b.stride_) * row_stride);
-      weight_gradient = reinterpret_cast<O*>(ds);
       if constexpr (kPaired) {
         weight_gradient = arena.take<O>(summed<O>(rows) * b.stride_);
         x_panel = arena.take<O>(summed<O>(rows) * kPanel<A>);
@@ -89,6 +91,8 @@ class Backward {
       du.dot_u = arena.take<A>(b.stride_);
       dalpha = arena.take<A>(b.stride_);
       ds_offset = arena.take<A>(b.stride_);
+      row_sum = arena.take<A>(b.stride_);
+      begin_at(0);
       for (A* p : {du.sum, du.dot_u, du.lost}) {
         if (p == nullptr) continue;
         for (int64_t n = b.units_; n < b.stride_; ++n) p[n] = 0;
@@ -98,9 +102,17 @@ class Backward {
       return arena.used();
     }
 
+    // Where a and dU . d of a block are, among those of all positions that are kept.
+    void begin_at(int64_t element) {
+      weights = all_weights + element;
+      ds = all_ds + element;
+      if constexpr (!kPaired) weight_gradient = ds;
+    }
+
     O* panels;  // [M / kPanel][rows][kRow]: x, in the accumulator type less its offset
     A* offset;  // (rows)
     typename OutputGradient<T, O>::Scratch du;
+    A *all_weights, *all_ds;
     A* weights;             // [rows][stride]: a, then alpha a
     A* ds;                  // [rows][stride]: dU . d, then dS
     O* by_unit_weights;     // [N][row_stride]: `weights` transposed
@@ -114,6 +126,7 @@ class Backward {
     A* none;       // (stride): 0
     A* dalpha;     // (stride): sum_l a_l (dU . x_l)
     A* ds_offset;  // (stride): sum_l dS_l (offset_l - center), with pairs -sum_l dS_l center
+    A* row_sum;    // (stride): sum_l a_l h_l of score_gradient, where it is found beforehand
     int64_t row_stride;
     Prefetch next_x, next_y, next_dy;
     void step() {
@@ -134,21 +147,21 @@ class Backward {
   bool keeps_du_low() const { return needs_ds() && needs(kNeedScores | kNeedPositionBias); }
   bool keeps_du_rows() const { return !units_in_lanes_ || needs(kNeedX); }
 
-  void layout_partials(cpu::Arena& arena, int64_t chunks) {
-    if (needs(kNeedWeight)) {
-      dweight_ = arena.take<A>(chunks * dweight_size());
-      dweight_offset_ = arena.take<A>(chunks * units_);
-    }
-    if (needs(kNeedPositionBias)) dposition_bias_ = arena.take<A>(chunks * units_ * problem_.max_length);
-    if (needs(kNeedAlpha)) dalpha_ = arena.take<A>(chunks * units_);
-    if (needs(kNeedBeta)) dbeta_ = arena.take<A>(chunks * units_);
-    alpha_ = arena.take<A>(stride_);
-    beta_ = arena.take<A>(stride_);
+  // Of a set that is read twice and not cut; 0 if none is.
+  int64_t kept_rows() const {
+    if (!kRounded || !needs_ds()) return 0;
+    int64_t longest = 0;
+    for (const cpu::Segment& s : plan_.segments)
+      if (s.partial < 0 && s.end - s.begin <= kKept / stride_) longest = std::max(longest, s.end - s.begin);
+    return longest > plan_.block_rows ? longest : 0;
   }
 
-  int64_t weight_size() const { return units_ * panels_ * kPanel<A>; }
-  // Of one partial sum: [M / kPanel][N][kPanel], or with units in lanes [N / kPanel][M][kPanel].
-  int64_t dweight_size() const { return units_in_lanes_ ? stride_ * problem_.features : weight_size(); }
+  void layout_sums(cpu::Arena& arena) {
+    sums_.take(arena);
+    alpha_ = arena.take<A>(stride_);
+    beta_ = arena.take<A>(stride_);
+    if (kRounded && needs_ds() && plan_.partials > 0) row_sums_ = arena.take<A>(plan_.partials * stride_);
+  }
 
   // Panels of W serve dX = ... + dS^T W, the transposed form recomputes scores that were not saved.
   void pack_weight() {
@@ -185,15 +198,7 @@ class Backward {
   A beta(int64_t unit) const { return beta_[unit]; }
 
   void chunk(Scratch& scratch, int64_t c) const {
-    if (dweight_) {
-      std::memset(dweight_ + c * dweight_size(), 0, dweight_size() * sizeof(A));
-      std::memset(dweight_offset_ + c * units_, 0, units_ * sizeof(A));
-    }
-    if (dposition_bias_)
-      std::memset(dposition_bias_ + c * units_ * problem_.max_length, 0,
-                  units_ * problem_.max_length * sizeof(A));
-    if (dalpha_) std::memset(dalpha_ + c * units_, 0, units_ * sizeof(A));
-    if (dbeta_) std::memset(dbeta_ + c * units_, 0, units_ * sizeof(A));
+    sums_.clear(c);
     for (int64_t s = plan_.tasks[c].begin; s < plan_.tasks[c].end; ++s) {
       segment(scratch, plan_.segments[s], s + 1 < plan_.tasks[c].end ? &plan_.segments[s + 1] : nullptr, c);
     }
@@ -207,7 +212,7 @@ class Backward {
     const int64_t tiles = units_in_lanes_ ? vectors_ / kTileVectors * cpu::ceil_div(kPanel<A>, kTileRows)
                                           : cpu::ceil_div(units_, kTileRows);
     const int64_t steps = panels_ * (cpu::ceil_div(rows, kTileRows) * (needs(kNeedX) ? 1 : 0) +
-                                     tiles * (dweight_ != nullptr ? 1 : 0));
+                                     tiles * (needs(kNeedWeight) ? 1 : 0));
     if (problem_.sets.position == nullptr && problem_.x_row_stride == features)
       scratch.next_x.start(static_cast<const T*>(problem_.x) + problem_.x_begin(set), rows * row, steps);
     const int64_t bytes = std::min(units_ * row, kPrefetchBytes), at = set * units_ * features;
@@ -225,28 +230,98 @@ class Backward {
         balanced(units_, kDotTile,
                  [&](int64_t n0, int64_t p) { output_gradient_.rows(scratch.du, set, n0, p); });
     }
-    const bool whole = segment.partial < 0 && rows <= plan_.block_rows;
-    // The same for every segment of a set, since only over all its positions dS sums to 0.
-    const A center = rows > 0 ? row_offset<T, A>(source(set).row(0), problem_.features) : A(0);
+    const bool cut = segment.partial >= 0, twice = reads_twice(segment),
+               kept = twice && !cut && rows <= kept_rows_;
+    const RowSum row_sum = twice                            ? RowSum::kFound
+                           : cut || rows > plan_.block_rows ? RowSum::kFromU
+                                                            : RowSum::kHere;
+    const A center = center_of(set);
+    if (twice && cut)
+      std::memcpy(scratch.row_sum, row_sums_ + segment.partial * stride_, stride_ * sizeof(A));
+    else if (twice)
+      sum_rows(scratch, segment, kept);
     balanced(rows, plan_.block_rows, [&](int64_t start, int64_t count) {
-      load_block(scratch, set, segment.begin + start, count);
-      dot_products(scratch, set, count, start == 0);
-      score_gradient(scratch, count, center, whole);
+      if (kept) {
+        scratch.begin_at(start * stride_);
+        pack(scratch, set, segment.begin + start, count);
+      } else {
+        load_block(scratch, set, segment.begin + start, count);
+        dot_products(scratch, set, count, start == 0 && (cut || !twice));
+      }
+      score_gradient(scratch, count, center, row_sum);
       write_score_gradients(scratch, set, segment.begin + start, count, c);
       if (next != nullptr && start + count == rows) prefetch(scratch, next->set);
       if (needs(kNeedX | kNeedWeight)) feature_gradients(scratch, set, segment.begin + start, count, c);
     });
+    scratch.begin_at(0);
     if (needs(kNeedX)) zero_excluded(segment);
     parameter_gradients(scratch, segment, c);
+  }
+
+  // dU . u is off by the rounding of y, which all of a set's dS would share and x, alike in all positions,
+  // would magnify. Where half types do not have a set in one block, they sum a h first.
+  bool reads_twice(const cpu::Segment& segment) const {
+    return kRounded && needs_ds() && (segment.partial >= 0 || segment.end - segment.begin > plan_.block_rows);
+  }
+
+  // Brings sum_l a_l h_l over a segment to scratch.row_sum; a and dU . d of all positions stay if `kept`.
+  void sum_rows(Scratch& scratch, const cpu::Segment& segment, bool kept) const {
+    const A center = center_of(segment.set);
+    for (int64_t n = 0; n < stride_; ++n) scratch.row_sum[n] = 0;
+    balanced(segment.end - segment.begin, plan_.block_rows, [&](int64_t start, int64_t count) {
+      if (kept) scratch.begin_at(start * stride_);
+      load_block(scratch, segment.set, segment.begin + start, count);
+      dot_products(scratch, segment.set, count, start == 0);
+      for (int64_t n = 0; n < stride_; n += kLanes<A>) {
+        Vec<A> total = {};
+        for (int64_t r = 0; r < count; ++r)
+          total +=
+              load_vector(scratch.weights + r * stride_ + n) * raised_dot(scratch, stride_, r, n, center);
+        store_vector(scratch.row_sum + n, load_vector(scratch.row_sum + n) + total);
+      }
+    });
+  }
+
+  // The same for the sets that several tasks share.
+  void sum_rows_of_cut_sets() const {
+    cpu::parallel(parallel_for_, int64_t(plan_.tasks.size()), [&](int64_t begin, int64_t end) {
+      Scratch scratch(*this);
+      for (int64_t c = begin; c < end; ++c)
+        for (int64_t s = plan_.tasks[c].begin; s < plan_.tasks[c].end; ++s) {
+          const cpu::Segment& segment = plan_.segments[s];
+          if (segment.partial < 0) continue;
+          sum_rows(scratch, segment, false);
+          std::memcpy(row_sums_ + segment.partial * stride_, scratch.row_sum, stride_ * sizeof(A));
+        }
+    });
+    for (size_t first = 0, end; first < plan_.segments.size(); first = end) {
+      for (end = first + 1;
+           end < plan_.segments.size() && plan_.segments[end].set == plan_.segments[first].set;)
+        ++end;
+      if (plan_.segments[first].partial < 0) continue;
+      A* sums = row_sums_ + plan_.segments[first].partial * stride_;
+      for (size_t s = 1; s < end - first; ++s)
+        for (int64_t n = 0; n < stride_; ++n) sums[n] += sums[s * stride_ + n];
+      for (size_t s = 1; s < end - first; ++s) std::memcpy(sums + s * stride_, sums, stride_ * sizeof(A));
+    }
+  }
+
+  // The same for every segment of a set, since only over all its positions dS sums to 0.
+  A center_of(int64_t set) const {
+    return problem_.sets.length[set] > 0 ? row_offset<T, A>(source(set).row(0), problem_.features) : A(0);
+  }
+
+  void pack(Scratch& scratch, int64_t set, int64_t begin, int64_t rows) const {
+    if constexpr (kPaired)
+      pack_rows(source(set), begin, rows, problem_.features, scratch.panels, nullptr, scratch.offset);
+    else
+      pack_rows<T, A>(source(set), begin, rows, problem_.features, scratch.panels, scratch.offset);
   }
 
   // Packs rows of x and brings scratch.weights to a = exp(s - max) / sum.
   void load_block(Scratch& scratch, int64_t set, int64_t begin, int64_t rows) const {
     const int64_t* position = positions(set);
-    if constexpr (kPaired)
-      pack_rows(source(set), begin, rows, problem_.features, scratch.panels, nullptr, scratch.offset);
-    else
-      pack_rows<T, A>(source(set), begin, rows, problem_.features, scratch.panels, scratch.offset);
+    pack(scratch, set, begin, rows);
     if (args_.saved_scores != nullptr) {
       const A* base = static_cast<const A*>(args_.saved_scores) + problem_.sets.first_row[set] * units_;
       gather_scores(ScoreSource<A>{base, 1, units_}, position, begin, rows, 0, units_, scratch.weights,
@@ -319,10 +394,23 @@ class Backward {
     });
   }
 
-  // dS = alpha a (h - rowsum(a h)) with h = dU . d + (offset - center) dU . 1, which is e / alpha up to a
-  // constant of the unit. Where the set is not at hand whole the row sum follows from dU . u = dU . (alpha z
-  // + beta): alpha rowsum(a h) = dU . u - (beta + alpha center) dU . 1. Leaves alpha a in place of a.
-  void score_gradient(Scratch& scratch, int64_t rows, A center, bool whole) const {
+  // h = dU . d + (offset - center) dU . 1 of one position, which is e / alpha up to a constant of the unit.
+  static Vec<A> raised_dot(const Scratch& scratch, int64_t stride, int64_t row, int64_t n, A center) {
+    const Vec<A> dot = load_vector(scratch.ds + row * stride + n), du_sum = load_vector(scratch.du.sum + n);
+    if constexpr (kPaired)
+      return dot + (load_vector(scratch.du.lost + n) * scratch.offset[row] - du_sum * center);
+    else
+      return dot + du_sum * (scratch.offset[row] - center);
+  }
+
+  enum class RowSum {
+    kHere,   // the block is the set
+    kFromU,  // alpha rowsum(a h) = dU . u - (beta + alpha center) dU . 1, since u = alpha z + beta
+    kFound,  // in scratch.row_sum
+  };
+
+  // dS = alpha a (h - rowsum(a h)). Leaves alpha a in place of a.
+  void score_gradient(Scratch& scratch, int64_t rows, A center, RowSum row_sum) const {
     for (int64_t n = 0; n < stride_; n += kLanes<A>) {
       const Vec<A> alpha = load_vector(alpha_ + n);
       if (needs_dot()) {
@@ -331,11 +419,7 @@ class Backward {
         for (int64_t r = 0; r < rows; ++r) {
           A* dot = scratch.ds + r * stride_ + n;
           const Vec<A> weight = load_vector(scratch.weights + r * stride_ + n);
-          Vec<A> h = load_vector(dot);
-          if constexpr (kPaired)
-            h += load_vector(scratch.du.lost + n) * scratch.offset[r] - du_sum * center;
-          else
-            h += du_sum * (scratch.offset[r] - center);
+          const Vec<A> h = raised_dot(scratch, stride_, r, n, center);
           total += weight * h;
           weight_sum += weight;
           store_vector(dot, h);
@@ -343,7 +427,9 @@ class Backward {
         store_vector(scratch.dalpha + n,
                      load_vector(scratch.dalpha + n) + total + du_sum * center * weight_sum);
         Vec<A> mean = total;
-        if (!whole) {
+        if (row_sum == RowSum::kFound) {
+          mean = load_vector(scratch.row_sum + n);
+        } else if (row_sum == RowSum::kFromU) {
           const Vec<A> scaled =
               load_vector(scratch.du.dot_u + n) - du_sum * (load_vector(beta_ + n) + alpha * center);
           mean = alpha == none ? none : scaled / alpha;
@@ -392,9 +478,9 @@ class Backward {
         A* out = static_cast<A*>(args_.dscores) + dscores_begin(set) + n * args_.dscores_unit_stride;
         for (int64_t r = 0; r < rows; ++r) out[place(r)] = scratch.ds[r * stride_ + n];
       }
-    if (dposition_bias_)
+    if (A* bias = sums_.position_bias(c))
       for (int64_t n = 0; n < units_; ++n) {
-        A* out = dposition_bias_ + (c * units_ + n) * problem_.max_length;
+        A* out = bias + n * problem_.max_length;
         for (int64_t r = 0; r < rows; ++r) out[place(r)] += scratch.ds[r * stride_ + n];
       }
   }
@@ -406,7 +492,7 @@ class Backward {
     const int64_t* position = positions(set);
     const int64_t features = problem_.features, panel = units_ * kPanel<A>;
     T* dx = needs(kNeedX) ? static_cast<T*>(args_.dx) + problem_.sets.first_row[set] * features : nullptr;
-    A* dweight = dweight_ ? dweight_ + c * dweight_size() : nullptr;
+    A* dweight = sums_.weight(c);
     const int64_t row_operands = summed<O>(rows), unit_operands = summed<O>(units_);
     for (int64_t p = 0; p < panels_; ++p) {
       if (dx != nullptr) {
@@ -455,7 +541,7 @@ class Backward {
     }
     if (dweight != nullptr)
       for (int64_t n = 0; n < units_; ++n)
-        dweight_offset_[c * units_ + n] += scratch.ds_offset[n] + (kPaired ? scratch.rest[n] : A(0));
+        sums_.weight_offset(c)[n] += scratch.ds_offset[n] + (kPaired ? scratch.rest[n] : A(0));
   }
 
   // dX is 0 where a position takes no part. Each segment clears the gap before each of its positions, the
@@ -483,69 +569,18 @@ class Backward {
   void parameter_gradients(const Scratch& scratch, const cpu::Segment& segment, int64_t c) const {
     const bool first = segment.begin == 0;
     const A root_features = std::sqrt(A(problem_.features));
+    A *dalpha = sums_.alpha(c), *dbeta = sums_.beta(c);
     for (int64_t n = 0; n < units_; ++n) {
-      if (dbeta_ && first) dbeta_[c * units_ + n] += scratch.du.sum[n];
-      if (!dalpha_) continue;
+      if (dbeta != nullptr && first) dbeta[n] += scratch.du.sum[n];
+      if (dalpha == nullptr) continue;
       if (problem_.sets.length[segment.set] == 0) continue;  // z = 0
       const A norm = stats(2, segment.set, n);
       const bool through_beta =
           alpha(n) != 0 && norm >= A(problem_.eps) && norm >= 2 * std::abs(beta(n)) * root_features;
       if (!through_beta)
-        dalpha_[c * units_ + n] += scratch.dalpha[n];
+        dalpha[n] += scratch.dalpha[n];
       else if (first)
-        dalpha_[c * units_ + n] -= beta(n) * scratch.du.sum[n] / alpha(n);
-    }
-  }
-
-  void reduce(int64_t chunks) const {
-    const int64_t features = problem_.features;
-    if (needs(kNeedWeight) && units_in_lanes_)
-      for (int64_t n = 0; n < units_; n += kLanes<A>) reduce_transposed(n, chunks);
-    else if (needs(kNeedWeight))
-      cpu::parallel(parallel_for_, panels_, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p)
-          for (int64_t n = 0; n < units_; ++n) {
-            A offset = 0;
-            for (int64_t c = 0; c < chunks; ++c) offset += dweight_offset_[c * units_ + n];
-            Tile<A, 1, kTileVectors> sum;
-            sum.fill(offset);
-            for (int64_t c = 0; c < chunks; ++c)
-              FASTAC_EACH (v, kTileVectors)
-                sum.acc[0][v] +=
-                    load_vector(dweight_ + c * weight_size() + (p * units_ + n) * kPanel<A> + v * kLanes<A>);
-            store_panel<T, A>(static_cast<T*>(args_.dweight) + n * features, p, features, sum.acc[0], false);
-          }
-      });
-    auto add = [&](const A* partial, void* out, int64_t count) {
-      for (int64_t i = 0; i < count; ++i) {
-        A sum = 0;
-        for (int64_t c = 0; c < chunks; ++c) sum += partial[c * count + i];
-        static_cast<A*>(out)[i] = sum;
-      }
-    };
-    if (needs(kNeedPositionBias)) add(dposition_bias_, args_.dposition_bias, units_ * problem_.max_length);
-    if (needs(kNeedAlpha)) add(dalpha_, args_.dalpha, units_);
-    if (needs(kNeedBeta)) add(dbeta_, args_.dbeta, units_);
-  }
-
-  // dW of one vector of units from its transposed partial sums.
-  void reduce_transposed(int64_t first, int64_t chunks) const {
-    const int64_t features = problem_.features, count = std::min(kLanes<A>, units_ - first);
-    Vec<A> offset = {};
-    for (int64_t c = 0; c < chunks; ++c) offset += load_partial(dweight_offset_ + c * units_ + first, count);
-    const A* sums = dweight_ + first / kPanel<A> * kPanel<A> * features + first % kPanel<A>;
-    T* dweight = static_cast<T*>(args_.dweight) + first * features;
-    for (int64_t m = 0; m < features; m += kLanes<A>) {
-      const int64_t left = std::min(kLanes<A>, features - m);
-      Vec<A> block[kLanes<A>];
-      FASTAC_EACH (i, kLanes<A>) {
-        block[i] = offset;
-        if (i < left)
-          for (int64_t c = 0; c < chunks; ++c)
-            block[i] += load_vector(sums + c * dweight_size() + (m + i) * kPanel<A>);
-      }
-      transpose_block<A>(block);
-      for (int64_t i = 0; i < count; ++i) store_some<T, A>(dweight + i * features + m, block[i], left, false);
+        dalpha[n] -= beta(n) * scratch.du.sum[n] / alpha(n);
     }
   }
 
@@ -553,18 +588,15 @@ class Backward {
   const BackwardArguments& args_;
   const ParallelFor parallel_for_;
   const cpu::Plan plan_;
-  const int64_t panels_, units_, vectors_, stride_;
+  const int64_t panels_, units_, vectors_, stride_, kept_rows_;
   const bool units_in_lanes_;
   const OutputGradient<T, O> output_gradient_;
   const bool stream_;
-  cpu::Buffer packed_panels_, partials_;
+  ParameterSums<T> sums_;
+  cpu::Buffer packed_panels_, sums_memory_;
   const O* weight_panels_ = nullptr;
   ScoreWeight<T, O> score_weight_;
-  A* dweight_ = nullptr;
-  A* dweight_offset_ = nullptr;
-  A* dposition_bias_ = nullptr;
-  A* dalpha_ = nullptr;
-  A* dbeta_ = nullptr;
-  A* alpha_ = nullptr;  // (stride), 1 without a shift
-  A* beta_ = nullptr;   // (stride), 0 without a shift
+  A* alpha_ = nullptr;     // (stride), 1 without a shift
+  A* beta_ = nullptr;      // (stride), 0 without a shift
+  A* row_sums_ = nullptr;  // (partials, stride): sum_l a_l h_l over the whole set, if its segments need it
 };

@@ -17,6 +17,7 @@ namespace {
 #include "softmax.h"
 #include "forward.h"
 #include "output_gradient.h"
+#include "parameter_sums.h"
 #include "backward.h"
 #include "softmax_weight.h"
 #include "softmax_weight_forward.h"

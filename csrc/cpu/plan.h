@@ -11,8 +11,8 @@
 namespace fastac::cpu {
 
 constexpr int64_t kBlockElements =
-    128 * 1024;                      // of x packed at a time: 512 KiB in float32, a quarter of a common L2
-constexpr int64_t kBlockRows = 128;  // ... of no more rows, which are one chain of additions
+    128 * 1024;                        // of x packed at a time: 512 KiB in float32, a quarter of a common L2
+constexpr int64_t kForwardRows = 128;  // ... of no more rows in the forward pass, each one chain of sums
 constexpr int64_t kUnitElements = 512 * 1024;  // of running sums (units x features) a forward task holds
 constexpr int64_t kUnitGranule = 16;    // unit blocks start at multiples of every instruction set's vector
 constexpr int64_t kForwardTasks = 64;   // ranges of equal work a forward call is cut into
@@ -45,7 +45,7 @@ struct Plan {
 };
 
 inline int64_t block_rows(int64_t features) {
-  return std::clamp<int64_t>(kBlockElements / features, 8, kBlockRows);
+  return std::max<int64_t>(8, kBlockElements / std::max<int64_t>(features, 64));
 }
 
 inline std::vector<Segment> make_segments(const Sets& sets, int64_t units) {
@@ -86,7 +86,7 @@ inline std::vector<Range> balance(const std::vector<Segment>& segments, int64_t 
 
 inline Plan plan_forward(const Sets& sets, int64_t units, int64_t features) {
   Plan plan;
-  plan.block_rows = block_rows(features);
+  plan.block_rows = std::min(block_rows(features), kForwardRows);
   plan.segments = make_segments(sets, units);
   for (const Segment& s : plan.segments) plan.partials += s.partial >= 0;
   plan.tasks = balance(plan.segments, kForwardTasks, units / 2 + 1);
@@ -103,6 +103,7 @@ inline Plan plan_backward(const Sets& sets, int64_t units, int64_t features, boo
   plan.block_rows = block_rows(features);
   plan.unit_block = units;
   plan.segments = make_segments(sets, units);
+  for (const Segment& s : plan.segments) plan.partials += s.partial >= 0;
   // Every chunk sums dweight into a copy of its own: four, and more while all copies stay within 4 % of x and
   // y.
   int64_t chunks = kForwardTasks;
