@@ -335,3 +335,17 @@ def test_the_backward_alone_gives_the_gradients_of_training() -> None:
 def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(ValueError, match=r"mode must be one of forward, .* got 'sideways'"):
         Eager().prepare(make_case(SMALL)).closure("sideways")
+
+
+def test_a_wrong_peer_has_no_figures_and_says_why() -> None:
+    case = make_case(RAGGED)
+    prepared = TimmStyle().prepare(case)
+
+    def call(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = prepared.call(module, x, mask)
+        return 1.01 * y if y.dtype == torch.float32 else y
+
+    found = reasons_of(case, {"timm-style": replace(prepared, call=call)})
+    assert set(found) == {("timm-style", mode) for mode in MODES}
+    for why in found.values():
+        assert re.match(r"wrong result, (y|dx) of timm-style: rms error 1.00e-02", why)
