@@ -154,10 +154,10 @@ def bars(
 
 def above(figure: Figure, title: str, handles: Sequence[Patch | Line2D], columns: int) -> None:
     """The title and the legend, above all panels."""
-    text = "\n".join(textwrap.wrap(title, 62))
+    text = "\n".join(textwrap.wrap(title, 56))
     legend = figure.legend(
         handles=list(handles), loc="outside upper left", ncols=min(columns, len(handles)), columnspacing=0.8,
-        handletextpad=0.4, handlelength=1.4, title=text, title_fontsize=9.5, alignment="left",
+        handletextpad=0.4, handlelength=2.6, title=text, title_fontsize=9.5, alignment="left",
     )  # fmt: skip
     legend.get_title().set_fontweight("bold")
 
