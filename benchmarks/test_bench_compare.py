@@ -243,7 +243,9 @@ def test_nothing_is_left_after_an_interruption(
     repository: Path, temporary: Path, number: signal.Signals
 ) -> None:
     program = (
-        "import sys; from pathlib import Path; from benchmarks import bench_compare\n"
+        "import signal, sys; from pathlib import Path; from benchmarks import bench_compare\n"
+        # a shell starts what it runs in the background with SIGINT ignored, which is inherited
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"sys.exit(bench_compare.main(['HEAD', '--threads', '1', '--budget', '600', '--rounds', '100000',"
         f" '--mode', 'forward'], root=Path({str(repository)!r}), chosen={{'small': {CLUSTER!r}}}, prime=0))"
     )
