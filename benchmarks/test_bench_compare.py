@@ -243,14 +243,17 @@ def test_nothing_is_left_after_an_interruption(
     repository: Path, temporary: Path, number: signal.Signals
 ) -> None:
     program = (
-        "import signal, sys; from pathlib import Path; from benchmarks import bench_compare\n"
-        # a shell starts what it runs in the background with SIGINT ignored, which is inherited
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys; from pathlib import Path; from benchmarks import bench_compare\n"
         f"sys.exit(bench_compare.main(['HEAD', '--threads', '1', '--budget', '600', '--rounds', '100000',"
         f" '--mode', 'forward'], root=Path({str(repository)!r}), chosen={{'small': {CLUSTER!r}}}, prime=0))"
     )
     running = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=machine.ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        cwd=machine.ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts what it runs in the background with SIGINT ignored, which is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert running.stderr is not None
     for line in running.stderr:
