@@ -2,6 +2,10 @@
 
 The other commit is checked out into a throwaway worktree and compiled there. Two processes, one per tree,
 then time the same calls in turn, with the harness of the present tree. Ratios are taken round by round.
+
+Where its memory lies makes a process faster or slower than another one of the same code by some percent for
+as long as it lives, which no number of rounds shows. So there are several pairs of processes, each with one
+ratio, and the interval is that of these ratios.
 """
 
 from __future__ import annotations
@@ -23,7 +27,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from . import machine
@@ -41,15 +44,18 @@ SOURCES = ("fastac", "kernels", *COMPILED)
 DEFAULT_MODES = {"cluster": ("forward", "training", "frozen"), "softmax_weight": SOFTMAX_WEIGHT_MODES}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 BLOCK_SECONDS = 0.02
-MINIMUM_ROUNDS = 11
-RESAMPLES = 9999
+MINIMUM_PAIRS = 6
+"""The range of fewer ratios holds their median with less than CONFIDENCE."""
+MINIMUM_ROUNDS = 3
+CONFIDENCE = 0.95
 RESOLUTION = 0.03
 
 EPILOG = f"""\
 Exit status: 0, or 1 if a result of either side is wrong, which then has no ratio, or 2 if there was nothing
-to compare. A ratio above 1 means that the present tree is faster. The interval holds the median of the ratios
-with 95 % confidence as far as the rounds differ. Two processes with the same code can differ by a percent or
-two all the same, so a verdict also needs a median that is --resolution away from 1 (default {RESOLUTION}).
+to compare. A ratio above 1 means that the present tree is faster. Every pair of processes has one, the median
+of its rounds; the table has the median of these, and the interval that holds their true median with at least
+95 % confidence whatever their distribution (order statistics: of six pairs, the range). A verdict needs an
+interval without 1 and a median that is --resolution away from it (default {RESOLUTION}).
 BASE=HEAD without changes compares the code with itself: on a quiet machine it prints "no difference seen" in
 every row, and its intervals show the noise. If it does not, no other comparison made then means anything.
 """
@@ -181,11 +187,11 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(base: Path, here: Path, threads: int, prime: int) -> Iterator[dict[str, Worker]]:
-    """The two sides, "base" and "here", started."""
+def workers(trees: Sequence[tuple[str, Path]], threads: int, prime: int) -> Iterator[dict[str, Worker]]:
+    """The two sides, started one after the other in the order of their names and trees."""
     with contextlib.ExitStack() as stack:
         sides = {}
-        for name, tree in (("base", base), ("here", here)):
+        for name, tree in trees:
             sides[name] = Worker(name, tree)
             stack.callback(sides[name].stop)
         for worker in sides.values():
@@ -193,42 +199,60 @@ def workers(base: Path, here: Path, threads: int, prime: int) -> Iterator[dict[s
         yield sides
 
 
+Seconds = dict[str, list[float]]
+"""By side, one entry per round."""
+
+
 @dataclass
 class Row:
-    """One line of the table; `seconds` holds one entry per round and side."""
+    """One line of the table; `pairs` holds what each pair of processes took."""
 
     workload: str
     mode: str
     dtype: str
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {"base": [], "here": []})
+    pairs: list[Seconds] = field(default_factory=list)
     wrong: str = ""
     cannot: str = ""
 
     @property
-    def ratios(self) -> list[float]:
-        return [base / here for base, here in zip(self.seconds["base"], self.seconds["here"], strict=True)]
+    def settled(self) -> bool:
+        """Whether there is nothing to time."""
+        return bool(self.wrong or self.cannot)
 
     def record(self, resolution: float) -> dict[str, Any]:
         record: dict[str, Any] = {"workload": self.workload, "mode": self.mode, "dtype": self.dtype}
-        if self.wrong or self.cannot:
+        if self.settled:
             verdict = "WRONG" if self.wrong else "not compared"
             return record | {"verdict": verdict, "reason": self.wrong or self.cannot}
-        ratios = self.ratios
+        ratios = [ratio(pair) for pair in self.pairs]
         low, high = interval(ratios)
+        base, here = ([s for pair in self.pairs for s in pair[side]] for side in ("base", "here"))
         return record | {
-            "base_s": statistics.median(self.seconds["base"]),
-            "here_s": statistics.median(self.seconds["here"]),
-            "base_over_here": statistics.median(ratios), "low": low, "high": high, "rounds": len(ratios),
+            "base_s": statistics.median(base), "here_s": statistics.median(here),
+            "base_over_here": statistics.median(ratios), "low": low, "high": high,
+            "pairs": len(ratios), "rounds": len(base),
             "verdict": verdict_of(statistics.median(ratios), low, high, resolution), "reason": "",
         }  # fmt: skip
 
 
-def interval(ratios: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the median: percentiles over resamples of the rounds."""
-    values = np.asarray(ratios)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(np.median(values[drawn], axis=1), [0.025, 0.975])
-    return float(low), float(high)
+def ratio(pair: Seconds) -> float:
+    """Median of the rounds' ratios."""
+    return statistics.median(base / here for base, here in zip(pair["base"], pair["here"], strict=True))
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """The order statistics that hold the median of independent ratios with at least `CONFIDENCE`.
+
+    Each ratio is below the median with probability 1/2, so the k-th least and the k-th greatest have it
+    between them unless fewer than k are on one side of it.
+    """
+    values, count = sorted(ratios), len(ratios)
+    outside, k = 0.0, 0
+    while (outside := outside + 2 * math.comb(count, k) / 2**count) <= 1 - CONFIDENCE:
+        k += 1
+    if k == 0:
+        raise ValueError(f"ratios must be at least {MINIMUM_PAIRS} for an interval, got {count}")
+    return values[k - 1], values[-k]
 
 
 def verdict_of(median: float, low: float, high: float, resolution: float) -> str:
@@ -240,49 +264,58 @@ def verdict_of(median: float, low: float, high: float, resolution: float) -> str
     return "no difference seen"
 
 
-def time_row(row: Row, sides: dict[str, Worker], rounds: int, budget: float) -> None:
+def time_mode(mode: str, sides: dict[str, Worker], rounds: int, budget: float) -> Seconds:
     """Both sides in every round, first one then the other first, until `budget` seconds are timed."""
     repeats = {}
     for name, worker in sides.items():
-        worker.ask("time", mode=row.mode, repeats=1)
-        taken = worker.ask("time", mode=row.mode, repeats=1)
+        worker.ask("time", mode=mode, repeats=1)
+        taken = worker.ask("time", mode=mode, repeats=1)
         repeats[name] = max(1, math.ceil(BLOCK_SECONDS / max(taken, 1e-7)))
+    seconds: Seconds = {name: [] for name in sides}
     spent = 0.0
     for turn in range(rounds):
         for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
-            taken = sides[name].ask("time", mode=row.mode, repeats=repeats[name])
-            row.seconds[name].append(taken)
+            taken = sides[name].ask("time", mode=mode, repeats=repeats[name])
+            seconds[name].append(taken)
             spent += taken * repeats[name]
         if turn + 1 >= MINIMUM_ROUNDS and spent > budget:
             break
+    return seconds
 
 
-def compare(
-    name: str,
-    subject: dict[str, Any],
-    dtype: str,
-    modes: Sequence[str],
-    sides: dict[str, Worker],
-    *,
-    rounds: int,
-    budget: float,
-) -> Iterator[Row]:
-    """One row per mode: correctness of both sides first, a ratio only where both are right."""
-    outcomes = {
-        side: worker.ask("prepare", subject=subject, dtype=dtype, modes=list(modes))
-        for side, worker in sides.items()
-    }
-    for mode in modes:
-        row = Row(name, mode, dtype)
+def check(rows: Sequence[Row], outcomes: dict[str, Any]) -> None:
+    """Notes in the rows of a subject what a side gets wrong in their mode, or cannot do."""
+    for row in rows:
         for side, outcome in outcomes.items():
-            found = outcome[mode]
+            found = outcome[row.mode]
             if "wrong" in found:
                 row.wrong += f"{'; ' if row.wrong else ''}{side}: {found['wrong']}"
             elif "cannot" in found:
                 row.cannot += f"{'; ' if row.cannot else ''}{side}: {found['cannot']}"
-        if not row.wrong and not row.cannot:
-            time_row(row, sides, rounds, budget)
-        yield row
+
+
+def compare(
+    rows: Sequence[Row], subject: dict[str, Any], sides: dict[str, Worker], *, rounds: int, budget: float
+) -> None:
+    """One more pair for the rows of a subject and a type.
+
+    The first pair checks both sides; a row has times only where both are right.
+    """
+    first = not any(row.pairs for row in rows)
+    asked = [row for row in rows if not row.settled]
+    if not asked:
+        return
+    outcomes = {
+        side: worker.ask(
+            "prepare", subject=subject, dtype=rows[0].dtype, modes=[row.mode for row in asked], check=first
+        )
+        for side, worker in sides.items()
+    }
+    check(asked, outcomes)
+    for row in asked:
+        if not row.settled:
+            row.pairs.append(time_mode(row.mode, sides, rounds, budget))
+            say(f"  {row.workload}, {row.mode}, {row.dtype}: base / here {ratio(row.pairs[-1]):.3f}")
 
 
 def subjects(divisor: int = 1) -> dict[str, dict[str, Any]]:
@@ -307,6 +340,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
             "here ms": f"{1e3 * r['here_s']:.3f}" if measured else "-",
             "base / here": f"{r['base_over_here']:.3f}" if measured else "-",
             "95 % interval": f"{r['low']:.3f} .. {r['high']:.3f}" if measured else "-",
+            "pairs": str(r["pairs"]) if measured else "-",
             "rounds": str(r["rounds"]) if measured else "-",
             "verdict": r["verdict"],
         })  # fmt: skip
@@ -351,10 +385,15 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", action="append", choices=DTYPES, help="may be given several times (default: float32)"
     )
-    parser.add_argument("--rounds", type=positive, default=40, help="at most this many per row (default 40)")
     parser.add_argument(
-        "--budget", type=seconds, default=3.0,
-        help=f"seconds timed per row, once {MINIMUM_ROUNDS} rounds are done (default 3)",
+        "--pairs", type=positive, default=MINIMUM_PAIRS, help=f"of processes (default {MINIMUM_PAIRS})"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=7, help="at most this many per row and pair (default 7)"
+    )
+    parser.add_argument(
+        "--budget", type=seconds, default=0.5,
+        help=f"seconds timed per row and pair, once {MINIMUM_ROUNDS} rounds are done (default 0.5)",
     )  # fmt: skip
     parser.add_argument("--threads", type=positive, default=2, help="threads of torch (default 2)")
     parser.add_argument(
@@ -374,11 +413,13 @@ def arguments() -> argparse.ArgumentParser:
 def run(
     given: argparse.Namespace, root: Path, chosen: dict[str, dict[str, Any]], prime: int
 ) -> list[dict[str, Any]]:
-    """Check out, build, compare; one record per row, each printed to the standard error as it comes."""
+    """Check out, build, compare; one record per row. What comes is printed to the standard error."""
     commit = resolve(root, given.base)
     check_present(root)
     if given.rounds < MINIMUM_ROUNDS:
-        raise Failed(f"--rounds must be at least {MINIMUM_ROUNDS} for an interval, got {given.rounds}")
+        raise Failed(f"--rounds must be at least {MINIMUM_ROUNDS}, got {given.rounds}")
+    if given.pairs < MINIMUM_PAIRS:
+        raise Failed(f"--pairs must be at least {MINIMUM_PAIRS} for an interval, got {given.pairs}")
     if given.csv is not None and not given.csv.resolve().parent.is_dir():
         raise Failed(f"--csv must name a file in a folder that exists, got {given.csv}")
     head, changed = (
@@ -388,7 +429,11 @@ def run(
     here = head[:12] + (" with changes" if changed else "")
     common = {"base": commit[:12], "here": here, "threads": given.threads,
               "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}  # fmt: skip
-    records = []
+    rows = {
+        (name, dtype): [Row(name, mode, dtype) for mode in given.mode or DEFAULT_MODES[subject["kind"]]]
+        for name, subject in chosen.items()
+        for dtype in given.dtype or ["float32"]
+    }
     with worktree(root, commit, given.folder) as tree:
         say(f"base {commit[:12]} ({given.base}), here {here}")
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -400,16 +445,15 @@ def run(
         else:
             say(f"building {commit[:12]} (about a minute) ...")
             compile_extension(tree, commit)
-        with workers(tree, root, given.threads, prime) as sides:
-            for name, subject in chosen.items():
-                for dtype in given.dtype or ["float32"]:
-                    for row in compare(
-                        name, subject, dtype, given.mode or DEFAULT_MODES[subject["kind"]], sides,
-                        rounds=given.rounds, budget=given.budget,
-                    ):  # fmt: skip
-                        records.append(common | row.record(given.resolution))
-                        say(f"  {name}, {row.mode}, {dtype}: {records[-1]['verdict']}")
-    return records
+        trees = [("base", tree), ("here", root)]
+        for pair in range(given.pairs):
+            if all(row.settled for some in rows.values() for row in some):
+                break
+            say(f"processes {pair + 1} of {given.pairs}")
+            with workers(trees if pair % 2 == 0 else trees[::-1], given.threads, prime) as sides:
+                for (name, _), some in rows.items():
+                    compare(some, chosen[name], sides, rounds=given.rounds, budget=given.budget)
+    return [common | row.record(given.resolution) for some in rows.values() for row in some]
 
 
 def terminated(number: int, frame: object) -> None:

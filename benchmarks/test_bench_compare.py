@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -24,7 +25,7 @@ from .workloads import Workload
 CLUSTER = {"kind": "cluster", "sizes": asdict(Workload("small", 2, 5, 16, 4, "tests"))}
 SOFTMAX_WEIGHT = {"kind": "softmax_weight", "sizes": asdict(Shape(2, 5, 16))}
 SMALL = {"small": CLUSTER, "softmax_weight-2x5x16": SOFTMAX_WEIGHT}
-QUICK = ["--threads", "1", "--rounds", "11", "--budget", "0", "--mode", "forward"]
+QUICK = ["--threads", "1", "--rounds", "3", "--budget", "0", "--mode", "forward"]
 REPLACED = """
 
 _right = attention_cluster
@@ -147,7 +148,7 @@ def test_a_wrong_base_has_no_ratio(
 ) -> None:
     assert main(["wrong", *QUICK], root=repository, chosen={"small": CLUSTER}, prime=0) == 1
     row, *reason = capsys.readouterr().out.splitlines()[1:]
-    assert row.split() == ["small", "forward", "float32", *"-----", "WRONG"]
+    assert row.split() == ["small", "forward", "float32", *"------", "WRONG"]
     assert reason[0].startswith("WRONG: small, forward, float32: base: ")
     assert any("y of ours: rms error 1.00e-04" in line for line in reason)
     assert not any("here: " in line for line in reason)
@@ -178,13 +179,15 @@ def test_a_base_is_compiled_where_its_sources_differ(
         "assert sys.argv[1:] == ['--quiet', 'build_ext', '--inplace'] and os.environ['FASTAC_CUDA'] == '0'\n"
         f"shutil.copy({str(library)!r}, 'fastac')\n"
     )
+    git(repository, "checkout", "older", "--", "fastac/__init__.py")  # one pair of processes shows the gap
     git(repository, "commit", "--quiet", "--no-verify", "-am", "built")
     git(repository, "tag", "--force", "built")
     git(repository, "reset", "--quiet", "--hard", "clean")
     assert script.read_text() == before
     library.touch()
-    assert main(["built", *QUICK], root=repository, chosen={"small": CLUSTER}, prime=0) == 0
-    err = capsys.readouterr().err
+    assert main(["built", *QUICK], root=repository, chosen={"gap": SOFTMAX_WEIGHT}, prime=0) == 0
+    out, err = capsys.readouterr()
+    assert "base: this tree has no softmax_weight" in out
     assert "building" in err and "serves both" not in err
     assert_nothing_left(repository, temporary)
 
@@ -209,7 +212,8 @@ def test_mistakes_are_one_line_each(
         (["nosuch"], "BASE must name a commit, a branch or a tag of this repository, got 'nosuch'"),
         (["--", "-x"], "BASE must name a commit, a branch or a tag of this repository, got '-x'"),
         (["HEAD", "--folder", str(full)], f"--folder must be an empty or a new folder, {full} is not"),
-        (["HEAD", "--rounds", "3"], "--rounds must be at least 11 for an interval, got 3"),
+        (["HEAD", "--rounds", "2"], "--rounds must be at least 3, got 2"),
+        (["HEAD", "--pairs", "5"], "--pairs must be at least 6 for an interval, got 5"),
         (["HEAD", "--csv", str(tmp_path / "no" / "t.csv")], "--csv must name a file in a folder that exists"),
         (["unbuildable"], "failed: error: no compiler today"),
         # The installed package has that module; it must not fill in.
@@ -277,12 +281,22 @@ def test_nothing_is_left_after_an_interruption(
     assert_nothing_left(repository, temporary)
 
 
-def test_the_interval_holds_the_median_and_stays_the_same() -> None:
-    ratios = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 9.0]
-    low, high = interval(ratios)
-    assert interval(ratios) == (low, high)
-    assert 1.0 < low < 1.5 < high < 9.0
-    assert interval([2.0] * 11) == (2.0, 2.0)
+@pytest.mark.parametrize(("count", "kth"), [(6, 1), (8, 1), (9, 2), (11, 2), (12, 3), (15, 4), (20, 6)])
+def test_the_interval_is_that_of_the_sign_test(count: int, kth: int) -> None:
+    ratios = list(np.random.default_rng(0).permutation(np.linspace(0.9, 1.2, count)))
+    assert interval(ratios) == (sorted(ratios)[kth - 1], sorted(ratios)[-kth])
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    drawn = np.random.default_rng(0).lognormal(0.0, 0.05, (4000, 6))  # of median 1
+    low, high = np.array([interval(ratios) for ratios in drawn]).T
+    held = np.mean((low <= 1) & (high >= 1))
+    assert 0.96 < held < 0.98  # 1 - 2 / 2**6 = 0.969
+
+
+def test_five_ratios_have_no_interval() -> None:
+    with pytest.raises(ValueError, match="ratios must be at least 6 for an interval, got 5"):
+        interval([1.0] * 5)
 
 
 @pytest.mark.parametrize(
@@ -301,8 +315,18 @@ def test_verdicts(median: float, low: float, high: float, verdict: str) -> None:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    row = Row("w", "forward", "float32", {"base": [2.0, 20.0, 4.0], "here": [1.0, 10.0, 2.0]})
-    record = row.record(0.03)
+    pair = {"base": [2.0, 20.0, 4.0], "here": [1.0, 10.0, 2.0]}
+    record = Row("w", "forward", "float32", [pair] * 6).record(0.03)
     assert record["base_over_here"] == record["low"] == record["high"] == 2.0
     assert record["verdict"] == "faster"
-    assert record["base_s"] == 4.0 and record["here_s"] == 2.0 and record["rounds"] == 3
+    assert record["base_s"] == 4.0 and record["here_s"] == 2.0
+    assert record["pairs"] == 6 and record["rounds"] == 18
+
+
+def test_processes_that_differ_among_themselves_are_no_difference() -> None:
+    """Rounds agree to the last digit within each pair, and yet say nothing about the code."""
+    pairs = [{"base": [taken] * 9, "here": [1.0] * 9} for taken in (1.05, 1.06, 1.04, 1.05, 1.07, 0.99)]
+    record = Row("w", "forward", "float32", pairs).record(0.03)
+    assert record["base_over_here"] == 1.05
+    assert (record["low"], record["high"]) == (0.99, 1.07)
+    assert record["verdict"] == "no difference seen"
