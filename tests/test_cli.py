@@ -106,6 +106,7 @@ def run(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation.json",
         "metrics.csv",
         "model.json",
+        "training.lock",
     }
     return run
 

@@ -17,6 +17,7 @@ import training_helpers
 from training_helpers import CASES, run_case
 
 from fastac.training import checkpoint
+from fastac.training.lock import training_in
 
 TOLERANCE = 1e-5
 
@@ -89,7 +90,11 @@ def test_training_moves_what_is_compared(directory: Path) -> None:
 
 def test_only_the_first_process_writes(directory: Path) -> None:
     for name in CASES:
-        assert sorted(p.name for p in (directory / name).iterdir()) == ["checkpoints", "metrics.csv"]
+        assert sorted(p.name for p in (directory / name).iterdir()) == [
+            "checkpoints",
+            "metrics.csv",
+            "training.lock",
+        ]
         assert len((directory / name / "metrics.csv").read_text().splitlines()) == 4
         assert checkpoint.read_state(directory / name / "checkpoints")["epoch"] == 3
 
@@ -105,4 +110,16 @@ def test_a_process_that_fails_ends_them_all(tmp_path: Path) -> None:
     for rank in range(2):
         message = (tmp_path / f"refused.{rank}").read_text()
         assert "must be the same for all processes" in message
+
+
+def test_all_processes_leave_a_folder_that_another_one_trains_in(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with training_in(run):
+        done = torchrun("refused", tmp_path)
+        assert [path.name for path in run.iterdir()] == ["training.lock"]
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert f"another process trains in {run}:" in (tmp_path / f"refused.{rank}").read_text()
+    run_case(CASES["odd"], run)
+    assert checkpoint.read_state(run / "checkpoints")["epoch"] == 3
     assert not torch.distributed.is_initialized()

@@ -2,7 +2,8 @@
 
 ``python training_helpers.py train DIRECTORY [KILL_AT]`` trains with dropout and checkpoints; ``KILL_AT`` is
 ``epoch`` or ``checkpoint``, where the process sends itself SIGKILL. ``python training_helpers.py processes
-DIRECTORY`` is what torchrun starts: every case of `CASES`, each in a folder of its own.
+DIRECTORY`` is what torchrun starts: every case of `CASES`, each in a folder of its own. ``python
+training_helpers.py wait DIRECTORY [WORKERS]`` stands still in the second epoch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,15 @@ from torch import Tensor
 
 from fastac.data import FeatureBatch
 from fastac.models import AttentionClusterClassifier, ClusterConfig
-from fastac.training import OptimizerConfig, Trainer, TrainingConfig, checkpoint, distributed, predict
+from fastac.training import (
+    OptimizerConfig,
+    RunLockedError,
+    Trainer,
+    TrainingConfig,
+    checkpoint,
+    distributed,
+    predict,
+)
 
 EPOCHS = 4
 KILL_EPOCH, KILL_STEP = 2, 3
@@ -157,6 +167,29 @@ def train(directory: Path, kill_at: str | None) -> None:
     trainer.fit()
 
 
+class Waits(RaggedFeatures):
+    """Data that nobody gets in the second epoch; the file then has the number of the process that waits."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(41, seed=5)
+        self.file = file
+
+    def collate(self, numbers: Sequence[int]) -> FeatureBatch:
+        if self.epochs[-1] == 2:
+            written = self.file.with_suffix(".part")
+            written.write_text(str(os.getpid()))
+            written.rename(self.file)
+            time.sleep(600)
+        return super().collate(numbers)
+
+
+def wait(directory: Path, workers: int) -> None:
+    """Trains for an epoch and waits for ever; ``waiting`` beside the folder says that it is so far."""
+    settings = run_settings(workers=workers, tensorboard=False)
+    data = Waits(directory.with_name("waiting"))
+    Trainer(make_model(), data, run_data()[1], settings, directory=directory).fit()
+
+
 @dataclass(frozen=True)
 class Case:
     """A run that one process and several must agree on."""
@@ -256,6 +289,17 @@ def one_fails(directory: Path) -> None:
         trainer.fit()
 
 
+def refused(directory: Path) -> None:
+    """Every process writes down why it may not train in ``run``."""
+    with distributed.process_group(torch.device("cpu")) as group:
+        config = TrainingConfig(epochs=1, tensorboard=False)
+        trainer = Trainer(make_model(), RaggedFeatures(12), None, config, directory=directory / "run")
+        try:
+            trainer.fit()
+        except RunLockedError as error:
+            (directory / f"refused.{group.rank}").write_text(str(error))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -266,5 +310,9 @@ if __name__ == "__main__":
         processes(Path(folder))
     elif command == "one-fails":
         one_fails(Path(folder))
+    elif command == "refused":
+        refused(Path(folder))
+    elif command == "wait":
+        wait(Path(folder), int(more[0]) if more else 0)
     else:
         raise SystemExit(f"no command {command}")

@@ -14,7 +14,7 @@ import click
 import torch
 
 from fastac.data.problems import DataProblemsError
-from fastac.training import CheckpointError, TrainingError, distributed
+from fastac.training import CheckpointError, RunLockedError, TrainingError, distributed
 from fastac.training.run import RunError
 from fastac.training.run_config import ConfigError
 
@@ -92,7 +92,15 @@ def user_errors(*also: type[Exception]) -> Iterator[None]:
         also: more, such as `WRONG_ARGUMENT` where the user's values are checked.
     """
     expected: tuple[type[Exception], ...]
-    expected = (RunError, CheckpointError, TrainingError, DataProblemsError, ImportError, *also)
+    expected = (
+        RunError,
+        RunLockedError,
+        CheckpointError,
+        TrainingError,
+        DataProblemsError,
+        ImportError,
+        *also,
+    )
     try:
         yield
     except click.ClickException:

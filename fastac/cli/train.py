@@ -13,6 +13,7 @@ from fastac import figures
 from fastac.data.feature_sets import FeatureSetDataset
 from fastac.models import VideoClassifier
 from fastac.training import Trainer, checkpoint, distributed, evaluate
+from fastac.training.lock import check_unlocked
 from fastac.training.run import (
     CHECKPOINTS,
     CONFIG,
@@ -124,8 +125,8 @@ def command(
 
 def _read_config(config: Path | None, output: Path, settings: tuple[str, ...], *, resume: bool) -> RunConfig:
     """The settings; those of the run in the folder if it goes on and no file is given."""
-    if not resume and is_run(output):
-        raise RunError(f"{output} holds a run already: go on with it by --resume, or choose another folder")
+    check_unlocked(output)  # `Trainer.lock` decides, but not before the data have been read
+    _check_folder(output, resume=resume)
     if not resume or config is not None:
         return load(config, settings)
     if (output / CONFIG).is_file():
@@ -135,11 +136,20 @@ def _read_config(config: Path | None, output: Path, settings: tuple[str, ...], *
     return load(None, settings)
 
 
+def _check_folder(output: Path, config: RunConfig | None = None, *, resume: bool) -> None:
+    """Whether the folder is new, or has the run that is to go on, with these settings."""
+    if not is_run(output):
+        return
+    if not resume:
+        raise RunError(f"{output} holds a run already: go on with it by --resume, or choose another folder")
+    if config is not None:
+        check_settings(output, config)
+
+
 def _train(
     config: RunConfig, output: Path, *, resume: bool, device: torch.device, processes: distributed.Processes
 ) -> None:
-    if is_run(output):
-        check_settings(output, config)
+    _check_folder(output, config, resume=resume)
     level = logger.level
     if not processes.first:
         logger.setLevel(logging.ERROR)  # the first one says what is wrong with the data
@@ -149,12 +159,14 @@ def _train(
     if not processes.first:
         logger.setLevel(logging.WARNING)
     try:
-        _start(config, output, model, train, validation, processes)
         trainer = Trainer(model, train, validation, config.training, directory=output, device=device)
-        if trainer.resume():
-            logger.info("going on after epoch %d of %d", trainer.epoch, config.training.epochs)
-        trainer.fit()
-        _conclude(output, validation or train, device, processes, validated=validation is not None)
+        with trainer.lock():
+            _check_folder(output, config, resume=resume)  # again: another process may have been here
+            _start(config, output, model, train, validation, processes)
+            if trainer.resume():
+                logger.info("going on after epoch %d of %d", trainer.epoch, config.training.epochs)
+            trainer.fit()
+            _conclude(output, validation or train, device, processes, validated=validation is not None)
     finally:
         logger.setLevel(level)
 

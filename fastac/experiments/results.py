@@ -1,13 +1,14 @@
-"""Files of results: rows in CSV that several processes may add to; locks on the folders of runs."""
+"""Files of results: rows in CSV that several processes may add to; locks on the folders of cells."""
 
 from __future__ import annotations
 
 import csv
 import fcntl
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from fastac.training import lock
 from fastac.training.run import RunError
 
 
@@ -52,14 +53,9 @@ def append(
         )
 
 
-@contextmanager
-def alone(directory: Path) -> Iterator[bool]:
-    """Whether this process is the only one at a run's folder; it is, if so, while the block runs."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def alone(directory: Path) -> AbstractContextManager[bool]:
+    """Whether this process is the only one at a cell's folder; it is, if so, while the block runs.
+
+    Another file than the engine's: that one is locked in this block, by the same process.
+    """
+    return lock.alone(directory / "lock")

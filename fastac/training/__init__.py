@@ -5,6 +5,7 @@ from __future__ import annotations
 from .checkpoint import CheckpointError
 from .config import OptimizerConfig, TrainingConfig
 from .engine import EpochResult, Trainer, TrainingError, evaluate, predict
+from .lock import RunLockedError
 from .run import Run, RunError, load_run, save_run
 from .run_config import ConfigError, RunConfig
 
@@ -16,6 +17,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunError",
+    "RunLockedError",
     "Trainer",
     "TrainingConfig",
     "TrainingError",

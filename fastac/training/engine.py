@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from fastac.models.base import class_scores
 
 from . import checkpoint, distributed
 from .config import OptimizerConfig, TrainingConfig
+from .lock import RunLockedError, training_in
 from .log import MetricsLog, Progress
 from .metrics import compute, main_metric, make_metrics, update
 from .sampler import BatchSampler, mixed_seed
@@ -144,6 +145,7 @@ class Trainer:
         self.optimizer = make_optimizer(self._parameters, config.optimizer)
         self.epoch = 0
         self.best = -math.inf
+        self._locked = False
         self._train_data, self._validation_data = train_data, validation_data
         self._show_progress = show_progress and self.processes.first
         self._weights = None
@@ -218,10 +220,41 @@ class Trainer:
         best = state.get("best")
         self.epoch, self.best = state["epoch"], -math.inf if best is None else float(best)
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps processes of other groups from training in ``directory`` while the block runs.
+
+        `fit` does so by itself; for what else is written there, before or after it. Rank 0 holds the lock.
+
+        Raises:
+            fastac.training.RunLockedError: another process trains there; all processes of the group get it.
+            OSError: the folder cannot be made or written to.
+        """
+        if self.directory is None or self._locked:
+            yield
+            return
+        problem: RunLockedError | OSError | None = None
+        with ExitStack() as stack:
+            if self.processes.first:
+                try:
+                    stack.enter_context(training_in(self.directory))
+                except (RunLockedError, OSError) as error:
+                    problem = error
+            # All or none go on: one process alone would wait for the others.
+            problem = self.processes.gather(problem)[0]
+            if problem is not None:
+                raise problem
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
     def fit(self) -> list[EpochResult]:
         """Trains up to ``config.epochs``, from where the run is; returns what the epochs gave.
 
         Raises:
+            fastac.training.RunLockedError: another process trains in ``directory``; nothing was changed.
             TrainingError: a loss or a parameter that is not finite; the checkpoints of earlier epochs stay.
             fastac.training.CheckpointError: ``directory`` has a run that is at another epoch, or a
                 metrics.csv that is not of a run.
@@ -229,6 +262,10 @@ class Trainer:
         """
         if self.epoch >= self.config.epochs:
             return []
+        with self.lock():
+            return self._fit()
+
+    def _fit(self) -> list[EpochResult]:
         if self.checkpoints is not None and checkpoint.exists(self.checkpoints):
             there = checkpoint.read_state(self.checkpoints)["epoch"]
             if there != self.epoch:
@@ -238,7 +275,6 @@ class Trainer:
                 )
         log = None
         if self.directory is not None and self.processes.first:
-            self.directory.mkdir(parents=True, exist_ok=True)
             log = MetricsLog(self.directory, epochs_done=self.epoch, tensorboard=self.config.tensorboard)
         results = []
         try:

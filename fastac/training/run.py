@@ -6,6 +6,7 @@ problems.csv    what was wrong with the features, if anything was
 metrics.csv     one row per epoch
 checkpoints/    `last` and `best`, see `fastac.training.checkpoint`
 tensorboard/    events
+training.lock   empty; who trains here has it locked, see `fastac.training.lock`
 """
 
 from __future__ import annotations
