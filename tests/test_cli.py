@@ -393,25 +393,17 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert result.err.endswith("interrupted\n")
 
 
-def interrupt(process: subprocess.Popen[str]) -> str:
-    """Ctrl-C, and again as a person would: Python drops one that comes while it runs a destructor."""
-    for _ in range(5):
-        process.send_signal(signal.SIGINT)
-        try:
-            return process.communicate(timeout=20)[1]
-        except subprocess.TimeoutExpired:
-            continue
-    process.kill()
-    return process.communicate()[1]
-
-
 def test_ctrl_c(data: Data, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start("train", *data.settings, "training.epochs=100000", "--output", run)
     deadline = time.monotonic() + 60
     while not (run / "checkpoints" / "last").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    err = interrupt(process)
+    process.send_signal(signal.SIGINT)
+    try:
+        err = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     done = len(losses(run))

@@ -94,21 +94,24 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str, *, show: bool = True) -> None:
         self._label, self._total, self._unit, self._show = label, total, unit, show
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total, desc=label, unit=f" {unit}", leave=False, disable=not (show and self._terminal)
-        )
+        # None rather than disabled: Python drops a Ctrl-C that falls into a bar's __del__.
+        self._bar = None
+        if show and self._terminal:
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", leave=False)
         self._done, self._said = 0, time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def advance(self, count: int) -> None:
         """``count`` more are done."""
         self._done += count
-        self._bar.update(count)
+        if self._bar is not None:
+            self._bar.update(count)
         if self._show and not self._terminal and time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
             logger.info("%s: %s of %s %s", self._label, f"{self._done:,}", f"{self._total:,}", self._unit)
