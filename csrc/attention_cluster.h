@@ -59,6 +59,10 @@ struct Problem {
   int64_t x_begin(int64_t set) const {
     return packed ? sets.first_row[set] * x_row_stride : set * x_set_stride;
   }
+
+  // Multiply-adds of one product of all positions, valid or not, with all units; and elements of y.
+  int64_t products() const { return sets.rows * units * features; }
+  int64_t outputs() const { return sets.count * units * features; }
   int64_t scores_begin(int64_t set) const {
     return packed ? sets.first_row[set] * scores_position_stride : set * scores_set_stride;
   }

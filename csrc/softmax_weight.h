@@ -22,6 +22,8 @@ struct SoftmaxWeightProblem {
   int64_t sets, length, features;  // B, L, M
   const int64_t* lengths;          // (B,) in 0...L, or null: all of L
   SetRows x, scores;
+
+  int64_t elements() const { return sets * length * features; }
 };
 
 struct SoftmaxWeightForward {

@@ -18,8 +18,10 @@ def bags(dtype: torch.dtype) -> dict[str, Case]:
     return {
         "many sets": make_case(B=61, L=25, M=67, N=17, dtype=dtype),
         "many sets, mask": make_case(B=61, L=25, M=67, N=17, dtype=dtype, layout="mask", empty=True),
+        "large weight": make_case(B=3, L=40, M=700, N=70, dtype=dtype),
         "three sets": make_case(B=3, L=100, M=131, N=33, dtype=dtype, weighting="position_bias"),
         "long bag": long,
+        "long bag, many units": make_case(B=1, L=5000, M=420, N=41, dtype=dtype),
         "long bag, scores": make_case(B=1, L=5000, M=67, N=5, dtype=dtype, weighting="scores"),
         "long bag, average": make_case(B=1, L=5000, M=67, N=5, dtype=dtype, weighting="average"),
         "long bag, packed": pack(long, torch.tensor([4990]), trailing=10),

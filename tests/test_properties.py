@@ -13,16 +13,19 @@ LENGTHS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 25, 31, 33, 64, 67, 1000)
 FEATURES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 61, 64, 65, 127, 131)
 UNITS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 129)
 KINDS = ("plain", "plain", "relu", "log_softmax")
+SHARED = 512 * 1024
+"""B L M N from which the kernels use more than one thread (kSerialOperations of csrc/cpu/memory.h)."""
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, products: int = 0) -> Case:
+    """Of any shape, and as many sets as make B L M N at least `products`."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     L, M, N = (draw(st.sampled_from(v)) for v in (LENGTHS, FEATURES, UNITS))
     # Keep the largest of the three alone: a hundred thousand numbers a case are enough.
     B = draw(st.integers(1, 5 if L * max(M, N) < 20_000 else 1))
     case = make_case(
-        B=B,
+        B=max(B, -(-products // (L * M * N))),
         L=L,
         M=M,
         N=N,
@@ -69,7 +72,7 @@ def test_inference_is_the_training_forward(cpp: Backend, case: Case) -> None:
     assert_equal({"y": run(cpp, case, case.dy())["y"]}, run(cpp, case))
 
 
-@given(case=cases(), threads=st.integers(2, 5))
+@given(case=cases(products=SHARED), threads=st.integers(2, 5))
 def test_the_number_of_threads_does_not_matter(native: Backend, case: Case, threads: int) -> None:
     dy = case.dy()
     results = run(native, case, dy)

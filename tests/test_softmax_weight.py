@@ -349,7 +349,7 @@ def test_past_the_registered_rule_nothing_changes(widest: Backend, needs: int) -
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_change_no_bit(native: Backend, threads: int) -> None:
-    for B, L, M in [(7, 25, 50), (1, 7, 2113), (1, 2500, 70), (1, 20011, 5), (3, 300, 230)]:
+    for B, L, M in [(17, 25, 50), (1, 17, 2113), (1, 2500, 70), (1, 20011, 5), (3, 300, 230)]:
         x, scores, dy = operands(B, L, M)
         lengths = make_lengths(B, L)
         torch.set_num_threads(1)

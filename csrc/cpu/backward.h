@@ -45,7 +45,9 @@ class Backward {
       beta_[n] = problem_.shift && n < units_ ? static_cast<const A*>(problem_.beta)[n] : A(0);
     }
     if (row_sums_ != nullptr) sum_rows_of_cut_sets();
-    cpu::parallel(parallel_for_, int64_t(plan_.tasks.size()), [&](int64_t begin, int64_t end) {
+    const int64_t tasks = int64_t(plan_.tasks.size()),
+                  operations = 3 * problem_.products() + problem_.outputs() * cpu::kMoving;
+    cpu::parallel(parallel_for_, tasks, operations, [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t c = begin; c < end; ++c) chunk(scratch, c);
       if (stream_) stream_fence();
@@ -172,7 +174,7 @@ class Backward {
       packed_panels_ = cpu::allocate(panels_ * panel * sizeof(O));
       O* packed = static_cast<O*>(packed_panels_.get());
       weight_panels_ = packed;
-      cpu::parallel(parallel_for_, panels_, [&](int64_t begin, int64_t end) {
+      cpu::parallel(parallel_for_, panels_, panels_ * panel * cpu::kMoving, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           if constexpr (kPaired)
             pair_rows(weight, units_, problem_.features, p, packed + p * panel);
@@ -284,7 +286,8 @@ class Backward {
 
   // The same for the sets that several tasks share.
   void sum_rows_of_cut_sets() const {
-    cpu::parallel(parallel_for_, int64_t(plan_.tasks.size()), [&](int64_t begin, int64_t end) {
+    const int64_t tasks = int64_t(plan_.tasks.size());
+    cpu::parallel(parallel_for_, tasks, 2 * problem_.products(), [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t c = begin; c < end; ++c)
         for (int64_t s = plan_.tasks[c].begin; s < plan_.tasks[c].end; ++s) {

@@ -29,8 +29,9 @@ class Forward {
     if (problem_.weight != nullptr) weight_.pack(problem_, parallel_for_);
     if (plan_.partials > 0) workspace_ = cpu::allocate(plan_.partials * partial_size() * sizeof(A));
     const int64_t blocks = cpu::ceil_div(problem_.units, plan_.unit_block),
-                  tasks = int64_t(plan_.tasks.size());
-    cpu::parallel(parallel_for_, tasks * blocks, [&](int64_t begin, int64_t end) {
+                  tasks = int64_t(plan_.tasks.size()),
+                  operations = 2 * problem_.products() + problem_.outputs() * cpu::kMoving;
+    cpu::parallel(parallel_for_, tasks * blocks, operations, [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t unit_begin = i % blocks * plan_.unit_block;
@@ -432,9 +433,10 @@ class Forward {
     for (size_t first = 0; first < plan_.segments.size();) {
       size_t last = first + 1;
       while (last < plan_.segments.size() && plan_.segments[last].set == plan_.segments[first].set) ++last;
-      const int64_t set = plan_.segments[first].set;
+      const int64_t set = plan_.segments[first].set,
+                    operations = int64_t(last - first) * partial_size() * cpu::kMoving;
       if (plan_.segments[first].partial >= 0)
-        cpu::parallel(parallel_for_, problem_.units, [&](int64_t begin, int64_t end) {
+        cpu::parallel(parallel_for_, problem_.units, operations, [&](int64_t begin, int64_t end) {
           for (int64_t n = begin; n < end; ++n)
             combine_unit(set, n, plan_.segments[first].partial, plan_.segments[last - 1].partial);
         });

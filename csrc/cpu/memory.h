@@ -67,10 +67,19 @@ class ThreadScratch {
   void* data_ = nullptr;
 };
 
+// Work is counted in multiply-adds of a matrix product. Less than this is over before the other threads of a
+// pool would have begun and been waited for.
+constexpr int64_t kSerialOperations = 512 * 1024;
+constexpr int64_t kMoving = 8;        // of reading a number and writing it
+constexpr int64_t kTransposing = 16;  // ... in the transpose
+constexpr int64_t kExponential = 32;  // ... or its exponential
+
+// Calls body(begin, end) over a partition of [0, n).
 template <typename F>
 inline void parallel(void (*parallel_for)(int64_t, void (*)(void*, int64_t, int64_t), void*), int64_t n,
-                     F&& body) {
+                     int64_t operations, F&& body) {
   if (n <= 0) return;
+  if (operations < kSerialOperations) return body(0, n);
   auto call = [](void* context, int64_t begin, int64_t end) {
     (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
   };

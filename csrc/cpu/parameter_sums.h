@@ -46,10 +46,11 @@ class ParameterSums {
   A* beta(int64_t c) const { return at(beta_, c, units_); }
 
   void reduce(ParallelFor parallel_for) const {
+    const int64_t operations = copies_ * weight_size_ * cpu::kMoving;
     if (needs(kNeedWeight) && units_in_lanes_)
       for (int64_t n = 0; n < units_; n += kLanes<A>) reduce_transposed(n);
     else if (needs(kNeedWeight))
-      cpu::parallel(parallel_for, panels_, [&](int64_t begin, int64_t end) {
+      cpu::parallel(parallel_for, panels_, operations, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) reduce_panel(p);
       });
     if (needs(kNeedPositionBias)) add(position_bias_, args_.dposition_bias, bias_size_);

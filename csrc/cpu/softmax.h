@@ -20,7 +20,8 @@ class ScoreWeight {
     weight_ = static_cast<O*>(memory_.get());
     sums_ = reinterpret_cast<A*>(weight_ + vectors * size_);
     const T* weight = static_cast<const T*>(problem.weight);
-    cpu::parallel(parallel_for, vectors, [&](int64_t begin, int64_t end) {
+    const int64_t operations = problem.units * problem.features * cpu::kTransposing;
+    cpu::parallel(parallel_for, vectors, operations, [&](int64_t begin, int64_t end) {
       for (int64_t v = begin; v < end; ++v) {
         const int64_t first = v * kLanes<A>;
         if constexpr (kSummands<O> > 1)

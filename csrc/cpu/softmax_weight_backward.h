@@ -15,11 +15,11 @@ class SoftmaxWeightBackwardKernel : SoftmaxWeightTasks<T, S> {
                         streams<S>(args.dscores, problem.features, bytes(sizeof(S)))) {}
 
   void run(ParallelFor parallel_for) {
-    const int64_t tasks = plan_.tasks(problem_.sets);
+    const int64_t tasks = plan_.tasks(problem_.sets), operations = problem_.elements() * cpu::kExponential;
     const bool two_sweeps = !plan_.kept && args_.dscores != nullptr;
     if (two_sweeps) {
       partials_ = cpu::allocate(tasks * padded_ * sizeof(A));
-      cpu::parallel(parallel_for, tasks, [&](int64_t begin, int64_t end) {
+      cpu::parallel(parallel_for, tasks, operations, [&](int64_t begin, int64_t end) {
         Scratch scratch(*this);
         for (int64_t i = begin; i < end; ++i) {
           const Task task = this->task(i);
@@ -29,7 +29,7 @@ class SoftmaxWeightBackwardKernel : SoftmaxWeightTasks<T, S> {
         finish();
       });
     }
-    cpu::parallel(parallel_for, tasks, [&](int64_t begin, int64_t end) {
+    cpu::parallel(parallel_for, tasks, operations, [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t i = begin; i < end; ++i) {
         const Task task = this->task(i);

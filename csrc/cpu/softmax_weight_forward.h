@@ -14,15 +14,15 @@ class SoftmaxWeightForwardKernel : SoftmaxWeightTasks<T, S> {
                            problem.sets * problem.length * problem.features * int64_t(sizeof(T)))) {}
 
   void run(ParallelFor parallel_for) {
-    const int64_t tasks = plan_.tasks(problem_.sets);
+    const int64_t tasks = plan_.tasks(problem_.sets), operations = problem_.elements() * cpu::kExponential;
     if (!plan_.kept) {
       partials_ = cpu::allocate(tasks * 2 * padded_ * sizeof(A));
-      cpu::parallel(parallel_for, tasks, [&](int64_t begin, int64_t end) {
+      cpu::parallel(parallel_for, tasks, operations, [&](int64_t begin, int64_t end) {
         Scratch scratch(*this);
         for (int64_t i = begin; i < end; ++i) statistics(scratch, this->task(i), partial(i));
       });
     }
-    cpu::parallel(parallel_for, tasks, [&](int64_t begin, int64_t end) {
+    cpu::parallel(parallel_for, tasks, operations, [&](int64_t begin, int64_t end) {
       Scratch scratch(*this);
       for (int64_t i = begin; i < end; ++i) {
         const Task task = this->task(i);
