@@ -46,7 +46,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 BLOCK_SECONDS = 0.02
 MINIMUM_PAIRS = 6
 """The range of fewer ratios holds their median with less than CONFIDENCE."""
-MINIMUM_ROUNDS = 3
+MINIMUM_ROUNDS = 4
 CONFIDENCE = 0.95
 RESOLUTION = 0.03
 
@@ -265,7 +265,10 @@ def verdict_of(median: float, low: float, high: float, resolution: float) -> str
 
 
 def time_mode(mode: str, sides: dict[str, Worker], rounds: int, budget: float) -> Seconds:
-    """Both sides in every round, first one then the other first, until `budget` seconds are timed."""
+    """Both sides in every round, first one then the other first, until `budget` seconds are timed.
+
+    Either is first as often as the other, or once more: the first finds its own data in the caches.
+    """
     repeats = {}
     for name, worker in sides.items():
         worker.ask("time", mode=mode, repeats=1)
@@ -278,7 +281,7 @@ def time_mode(mode: str, sides: dict[str, Worker], rounds: int, budget: float) -
             taken = sides[name].ask("time", mode=mode, repeats=repeats[name])
             seconds[name].append(taken)
             spent += taken * repeats[name]
-        if turn + 1 >= MINIMUM_ROUNDS and spent > budget:
+        if turn + 1 >= MINIMUM_ROUNDS and turn % 2 and spent > budget:
             break
     return seconds
 
@@ -389,7 +392,7 @@ def arguments() -> argparse.ArgumentParser:
         "--pairs", type=positive, default=MINIMUM_PAIRS, help=f"of processes (default {MINIMUM_PAIRS})"
     )
     parser.add_argument(
-        "--rounds", type=positive, default=7, help="at most this many per row and pair (default 7)"
+        "--rounds", type=positive, default=8, help="at most this many per row and pair (default 8)"
     )
     parser.add_argument(
         "--budget", type=seconds, default=0.5,

@@ -25,7 +25,7 @@ from .workloads import Workload
 CLUSTER = {"kind": "cluster", "sizes": asdict(Workload("small", 2, 5, 16, 4, "tests"))}
 SOFTMAX_WEIGHT = {"kind": "softmax_weight", "sizes": asdict(Shape(2, 5, 16))}
 SMALL = {"small": CLUSTER, "softmax_weight-2x5x16": SOFTMAX_WEIGHT}
-QUICK = ["--threads", "1", "--rounds", "3", "--budget", "0", "--mode", "forward"]
+QUICK = ["--threads", "1", "--rounds", "4", "--budget", "0", "--mode", "forward"]
 REPLACED = """
 
 _right = attention_cluster
@@ -212,7 +212,7 @@ def test_mistakes_are_one_line_each(
         (["nosuch"], "BASE must name a commit, a branch or a tag of this repository, got 'nosuch'"),
         (["--", "-x"], "BASE must name a commit, a branch or a tag of this repository, got '-x'"),
         (["HEAD", "--folder", str(full)], f"--folder must be an empty or a new folder, {full} is not"),
-        (["HEAD", "--rounds", "2"], "--rounds must be at least 3, got 2"),
+        (["HEAD", "--rounds", "3"], "--rounds must be at least 4, got 3"),
         (["HEAD", "--pairs", "5"], "--pairs must be at least 6 for an interval, got 5"),
         (["HEAD", "--csv", str(tmp_path / "no" / "t.csv")], "--csv must name a file in a folder that exists"),
         (["unbuildable"], "failed: error: no compiler today"),
