@@ -66,7 +66,7 @@ def weights_under_frames(
     above.imshow(np.concatenate(list(frames), axis=1), cmap="gray", extent=extent, aspect="auto")
     above.set_yticks([])
     above.set_ylabel("frames", rotation=0, ha="right", va="center")
-    above.set_title(title, fontsize=11)
+    above.set_title(title, fontsize=11, parse_math=False)
     image = below.imshow(weights[units], cmap=hsv_colours(), vmin=0, vmax=1, aspect="auto")
     below.set_yticks(range(len(units)), [f"unit {unit}" for unit in units])
     below.set_xticks(range(length), [name or "–" for name in frame_names])
@@ -97,7 +97,8 @@ def attention_maps(videos: Sequence[tuple[str, Mapping[str, FloatArray]]], *, ro
     for row, (name, maps) in zip(panels, videos, strict=True):
         for axis, modality in zip(row, modalities, strict=True):
             weights = maps[modality]
-            axis.set_title(f"{name}  {modality}" if axis is row[0] else modality, fontsize=9, loc="left")
+            title = f"{name}  {modality}" if axis is row[0] else modality
+            axis.set_title(title, fontsize=9, loc="left", parse_math=False)
             if weights.shape[1] == 0:
                 axis.text(0.5, 0.5, "no features", ha="center", va="center", transform=axis.transAxes)
                 axis.set_axis_off()
@@ -108,6 +109,7 @@ def attention_maps(videos: Sequence[tuple[str, Mapping[str, FloatArray]]], *, ro
             )
             axis.set_yticks(range(len(units)), [f"{rows} {unit}" for unit in units], fontsize=7)
             axis.set_xlabel("local feature", fontsize=8)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.tick_params(length=0, labelsize=7)
     if image is not None:
         figure.colorbar(image, ax=panels.ravel().tolist(), label="attention weight", pad=0.01)

@@ -166,6 +166,18 @@ def test_attention_maps_have_a_row_per_video_and_a_column_per_modality(tmp_path:
     check_drawn(figure, tmp_path / "attention.png")
 
 
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    """matplotlib would set what stands between dollars as a formula, or raise."""
+    video = (r"cost $5 \or $7 a_b", {"$\\foo$": np.ones((2, 3))})
+    figure = figures.attention_maps([video, ("other", {"$\\foo$": np.ones((2, 3))})])
+    assert figure.axes[0].get_title(loc="left") == r"cost $5 \or $7 a_b  $\foo$"
+    check_drawn(figure, tmp_path / "attention.png")
+    flash = figures.weights_under_frames(
+        np.zeros((2, 4, 4), np.uint8), ["3", ""], np.ones((2, 2)), title=r"$\or$"
+    )
+    assert flash.axes[0].get_title() == r"$\or$"
+
+
 def test_the_suffix_decides_the_format(tmp_path: Path) -> None:
     figure = Figure(figsize=(1, 1))
     assert {"png", "pdf", "svg"} <= set(figures.formats())

@@ -316,24 +316,43 @@ def test_tensorboard_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_best_survives_a_metric_that_is_not_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reached = iter([math.nan, 0.2, math.nan, 0.1, 0.3, math.nan])
+    reached = [(1.0, value) for value in (math.nan, 0.2, math.nan, 0.1, 0.3, math.nan)]
+    assert best_epochs(tmp_path, monkeypatch, reached) == [1, 2, 2, 2, 5, 5]
+
+
+def test_of_equal_accuracies_the_lowest_loss_is_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each epoch in a trainer of its own: what is to be compared is in the checkpoint."""
+    reached = [(1.8, 0.9), (1.7, 1.0), (0.4, 1.0), (0.5, 1.0), (0.1, 0.9), (math.nan, 1.0), (0.3, 1.0)]
+    assert best_epochs(tmp_path, monkeypatch, reached) == [1, 2, 3, 3, 3, 3, 7]
+    reached = [(math.nan, 0.5), (math.inf, 0.5), (2.0, 0.5)]
+    assert best_epochs(tmp_path / "not finite", monkeypatch, reached) == [1, 1, 3]
+
+
+def best_epochs(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, reached: list[tuple[float, float]]
+) -> list[int]:
+    """The best epoch after each, where the evaluations give these losses and accuracies."""
+    results = iter(reached)
     monkeypatch.setattr(
-        "fastac.training.engine.evaluate", lambda *_, **__: {"loss": 1.0, "accuracy": next(reached)}
+        "fastac.training.engine.evaluate",
+        lambda *_, **__: dict(zip(("loss", "accuracy"), next(results), strict=True)),
     )
     bests = []
-    for epochs in range(1, 7):
+    for epochs in range(1, len(reached) + 1):
         trainer = Trainer(
             make_model(),
             RaggedFeatures(3),
             RaggedFeatures(3),
             settings(epochs=epochs),
-            directory=tmp_path,
+            directory=directory,
             show_progress=False,
         )
         trainer.resume()
         trainer.fit()
-        bests.append(checkpoint.read_state(tmp_path / "checkpoints", "best")["epoch"])
-    assert bests == [1, 2, 2, 2, 5, 5]
+        bests.append(checkpoint.read_state(directory / "checkpoints", "best")["epoch"])
+    return bests
 
 
 # Evaluation

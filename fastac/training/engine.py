@@ -144,7 +144,7 @@ class Trainer:
         self._parameters = list(model.parameters())
         self.optimizer = make_optimizer(self._parameters, config.optimizer)
         self.epoch = 0
-        self.best = -math.inf
+        self.best, self.best_loss = -math.inf, math.inf
         self._locked = False
         self._train_data, self._validation_data = train_data, validation_data
         self._show_progress = show_progress and self.processes.first
@@ -217,8 +217,9 @@ class Trainer:
             )
         checkpoint.load_model(directory, self.model)
         checkpoint.load_optimizer(directory, self.optimizer)
-        best = state.get("best")
+        best, best_loss = state.get("best"), state.get("best_loss")
         self.epoch, self.best = state["epoch"], -math.inf if best is None else float(best)
+        self.best_loss = math.inf if best_loss is None else float(best_loss)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -287,6 +288,7 @@ class Trainer:
                 if self.checkpoints is not None and self.processes.first:
                     state = {
                         "best": self.best if math.isfinite(self.best) else None,
+                        "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
                         "values": result.values,
                         "training": self.config.model_dump(mode="json"),
                     }
@@ -318,9 +320,12 @@ class Trainer:
             )
             values.update({f"validation_{name}": value for name, value in evaluation.items()})
             reached = evaluation[main_metric(multi_label=self._train_data.multi_label)]
-            best = reached > self.best or self.best == -math.inf
-            if reached > self.best:  # not if it is NaN, as no label can make it
-                self.best = reached
+            loss = evaluation["loss"]
+            # An accuracy that cannot rise any more says nothing of how sure the model is.
+            better = reached > self.best or (reached == self.best and loss < self.best_loss)
+            best = better or self.best == -math.inf
+            if better:  # not if it is NaN, as no label can make it
+                self.best, self.best_loss = reached, loss if math.isfinite(loss) else math.inf
         self.epoch = number
         if self.processes.first:
             text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
