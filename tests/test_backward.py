@@ -79,6 +79,23 @@ def test_long_sets(backend: Backend, features: str, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, **IDS)
+@pytest.mark.parametrize("N", [1, 3, 16, 17])
+def test_what_an_earlier_call_left_in_memory_does_no_harm(
+    native: Backend, dtype: torch.dtype, N: int
+) -> None:
+    """A thread keeps its working memory, and units and positions are padded there."""
+    for weighting in WEIGHTINGS:
+        case = make_case(L=7, N=N, weighting=weighting, dtype=dtype)
+        dy = case.dy()
+        found = []
+        for left in (1.0, float("nan")):
+            before = make_case(B=1, L=100, M=300, N=40, dtype=dtype)
+            run(native, before.replace(x=torch.full_like(before.x, left)), before.dy())
+            found.append(run(native, case, dy))
+        assert_equal(found[1], found[0], f"after a call with NaN ({weighting})")
+
+
 @pytest.mark.parametrize("dtype", HALF, **IDS)
 @pytest.mark.parametrize("features", ["relu", "log_softmax"])
 @pytest.mark.parametrize(

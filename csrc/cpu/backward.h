@@ -99,6 +99,9 @@ class Backward {
         if (p == nullptr) continue;
         for (int64_t n = b.units_; n < b.stride_; ++n) p[n] = 0;
       }
+      // Beyond N dot_products writes nothing; as pairs an odd unit N - 1 is summed together with unit N.
+      for (int64_t r = 0; all_ds != nullptr && r < std::max(rows, b.kept_rows_); ++r)
+        for (int64_t n = b.units_; n < b.stride_; ++n) all_ds[r * b.stride_ + n] = 0;
       if (none != nullptr)
         for (int64_t n = 0; n < b.stride_; ++n) none[n] = 0;
       return arena.used();
