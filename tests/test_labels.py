@@ -187,14 +187,13 @@ def test_multi_label(tmp_path: Path) -> None:
     assert mistakes(written(tmp_path, "video,label\na, ; |\n"))[0].what == "empty cell"
 
 
-def test_long_listings_are_capped_and_written_whole(tmp_path: Path) -> None:
+def test_long_listings_are_whole(tmp_path: Path) -> None:
     rows = "".join(f"v{i},\n" for i in range(1234))
     with pytest.raises(DataProblemsError) as caught:
         read_labels(written(tmp_path, "video,label\n" + rows))
     message = str(caught.value)
-    assert len(message.splitlines()) == 22
+    assert len(message.splitlines()) == 1235
     assert "has 1,234 problems" in message
-    assert message.endswith("and 1,214 more")
     assert len(caught.value.problems) == 1234
     write_problems(caught.value.problems, tmp_path / "problems.csv")
     with (tmp_path / "problems.csv").open(newline="") as file:

@@ -30,7 +30,6 @@ logger = logging.getLogger("fastac")
 
 ON_ERROR = ("report", "raise")
 CHECKS = ("full", "shapes", "none")
-_WARNED = 100
 _T = TypeVar("_T")
 
 
@@ -430,11 +429,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         if problem.where in self._warned:  # one file with several entries
             return
         self._warned.add(problem.where)
-        count = int(np.count_nonzero(failed))
-        if count <= _WARNED:
-            logger.warning("an entry broke after the checks and counts as absent: %s", problem)
-        elif count & (count - 1) == 0:
-            logger.warning("%s entries broke after the checks; `problems` has them all", f"{count:,}")
+        logger.warning("an entry broke after the checks and counts as absent: %s", problem)
 
     def collate(self, items: Sequence[FeatureSet]) -> FeatureBatch:
         """Packs B videos: the rows of each modality one set after the other, no padding.

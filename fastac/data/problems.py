@@ -7,9 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LISTED = 20
-"""Problems that a message lists before it only counts."""
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,7 +37,7 @@ class DataProblemsError(ValueError):
     """Data that cannot be used as they are.
 
     Attributes:
-        problems: all of them, where the message lists the first 20.
+        problems: all of them; the message lists them, too.
     """
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
@@ -48,12 +45,9 @@ class DataProblemsError(ValueError):
         self.problems = list(problems)
 
 
-def listing(problems: Sequence[Problem], *, limit: int = LISTED) -> str:
-    """One indented line per problem, at most ``limit``, then the number of those left out."""
-    lines = [f"  {problem}" for problem in problems[:limit]]
-    if len(problems) > limit:
-        lines.append(f"  and {len(problems) - limit:,} more")
-    return "\n".join(lines)
+def listing(problems: Sequence[Problem]) -> str:
+    """One indented line per problem."""
+    return "\n".join(f"  {problem}" for problem in problems)
 
 
 def write_problems(problems: Sequence[Problem], path: str | os.PathLike[str]) -> None:
