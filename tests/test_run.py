@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastac.data.problems import DataProblemsError
 from fastac.training import CheckpointError, Trainer, evaluate
 from fastac.training.run import (
     CONFIG,
@@ -207,3 +208,35 @@ def test_problems_are_written_once_each_and_removed_when_they_are_gone(
     broken.write_bytes(content)
     assert save_problems(tmp_path, open_data(both)[0]) == 0
     assert not (tmp_path / PROBLEMS).exists()
+
+
+def test_the_problems_of_both_splits_are_in_one_error(config: RunConfig) -> None:
+    train, validation = open_data(config)
+    assert validation is not None
+    rgb = config.data.features / "rgb"
+    (rgb / f"{train.names[0]}.npy").write_bytes(b"x")
+    np.save(rgb / f"{validation.names[0]}.npy", np.ones((4, 7), np.float32))
+    np.save(rgb / f"{validation.names[1]}.npy", np.ones((4, 7), np.float32))
+    with pytest.raises(DataProblemsError, match=r"^training: (.*\n)*validation: ") as caught:
+        open_data(changed(config, "data.on_error=raise"))
+    broken = {(p.video, p.what) for p in caught.value.problems if p.modality}
+    wide = {(name, "wrong dimension") for name in validation.names}  # than the training set's
+    assert broken == {(train.names[0], "unreadable"), *wide}
+    assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
+
+
+def test_labels_and_splits_of_both_sets_are_checked_at_once(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(DataProblemsError, match=r"got 'x'\n.*got 'y'$"):
+        open_data(changed(config, "data.train_split=x", "data.validation_split=y"))
+    with pytest.raises(DataProblemsError) as caught:
+        open_data(changed(config, "data.class_names=[a]"))
+    assert len(caught.value.problems) == 6
+    with pytest.raises(DataProblemsError, match="no column 'label'"):
+        broken = tmp_path / "broken.csv"
+        broken.write_text("video\nv\n")
+        open_data(changed(config, f"data.labels={broken}"))
+    nowhere = ["data.features=nowhere", "data.labels=nowhere.csv"]
+    with pytest.raises(DataProblemsError, match=r"none at .*nowhere\.csv\nfeatures: .*nothing at .*nowhere$"):
+        open_data(changed(config, *nowhere))
+    with pytest.raises(FileNotFoundError, match=r"none at .*nowhere\.csv"):
+        open_data(changed(config, nowhere[1]))

@@ -194,10 +194,10 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         noun = "problem" if len(self._problems) == 1 else "problems"
         text = f"{self.storage.path} has {len(self._problems):,} {noun}:\n{listing(self._problems)}"
         if self._problems and self.on_error == "raise":
-            raise DataProblemsError(text, self._problems)
+            raise DataProblemsError(text, self._problems, self.modalities)
         if not self.names or not self.modalities:
             reason = text if self._problems else f"{self.storage.path} has none"
-            raise DataProblemsError(f"no video is usable: {reason}", self._problems)
+            raise DataProblemsError(f"no video is usable: {reason}", self._problems, self.modalities)
         if self._problems:
             logger.warning("%s", text)
         if self.unlabelled:

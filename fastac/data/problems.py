@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -38,11 +38,15 @@ class DataProblemsError(ValueError):
 
     Attributes:
         problems: all of them; the message lists them, too.
+        modalities: M by name, as far as the data told it.
     """
 
-    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+    def __init__(
+        self, message: str, problems: Sequence[Problem] = (), modalities: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(message)
         self.problems = list(problems)
+        self.modalities = dict(modalities or {})
 
 
 def listing(problems: Sequence[Problem]) -> str:

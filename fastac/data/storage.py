@@ -502,14 +502,19 @@ def open_storage(
         if not files:
             raise ValueError(f"features must be .npy or .npz files in a directory, {path} has none")
         return NpyStorage(path, files=npy) if npy else NpzStorage(path, files=npz)
-    if not path.exists():
-        raise FileNotFoundError(f"features must be a directory or an HDF5 file, there is nothing at {path}")
+    check_there(path)
     with path.open("rb") as file:
         start = file.read(8)
     # The signature stands at 0, or behind a user block at 512, 1024, ...; h5py knows them all.
     if start != b"\x89HDF\r\n\x1a\n" and (path.stat().st_size < 520 or not _h5py().is_hdf5(path)):
         raise ValueError(f"features must be a directory or an HDF5 file, {path} begins with {start!r}")
     return Hdf5Storage(path, expected_modalities=expected_modalities, expected_videos=expected_videos)
+
+
+def check_there(path: Path) -> None:
+    """Raises: FileNotFoundError if there is nothing at the path."""
+    if not path.exists():
+        raise FileNotFoundError(f"features must be a directory or an HDF5 file, there is nothing at {path}")
 
 
 def _two(names: Sequence[str]) -> str:

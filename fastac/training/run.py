@@ -11,9 +11,11 @@ training.lock   empty; who trains here has it locked, see `fastac.training.lock`
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,16 @@ from typing import Any
 import torch
 
 from fastac.data.feature_sets import FeatureSetDataset
-from fastac.data.problems import write_problems
+from fastac.data.labels import encode_labels, read_labels
+from fastac.data.problems import DataProblemsError, write_problems
 from fastac.data.sampling import EqualIntervals, RandomSampling, Sampling
+from fastac.data.storage import Storage, check_there, open_storage
 from fastac.models import VideoClassifier
 
 from . import checkpoint
 from .config import TrainingConfig
 from .engine import MAY_CHANGE
-from .run_config import ConfigError, RunConfig, dump, load
+from .run_config import ConfigError, DataConfig, RunConfig, dump, load
 from .systems import MODELS, system_of
 
 CONFIG, MODEL, PROBLEMS, CHECKPOINTS = "config.yaml", "model.json", "problems.csv", "checkpoints"
@@ -86,37 +90,96 @@ def open_data(config: RunConfig) -> tuple[FeatureSetDataset, FeatureSetDataset |
     """The training and the validation set of a configuration.
 
     Raises:
-        fastac.data.DataProblemsError: data that cannot be used, with all that is wrong.
+        fastac.data.DataProblemsError: data that cannot be used, with all that is wrong in both sets.
+        OSError, ImportError, TypeError, ValueError: as `fastac.data.FeatureSetDataset`.
     """
     data = config.data
+    storage = _open_features(data)
     common: dict[str, Any] = {
+        "class_names": data.class_names,
         "multi_label": data.multi_label,
         "seed": config.training.seed,
         "on_error": data.on_error,
         "check": data.check,
         "in_memory": data.in_memory,
     }
-    train = FeatureSetDataset(
-        data.features,
-        data.labels,
-        split=data.train_split,
-        modalities=data.modalities,
-        class_names=data.class_names,
-        sampling=_sampling(RandomSampling, data.train_features),
-        **common,
-    )
-    if data.validation_split is None:
-        return train, None
-    validation = FeatureSetDataset(
-        data.features,
-        data.labels,
-        split=data.validation_split,
-        modalities=train.modalities,
-        class_names=train.class_names,
-        sampling=_sampling(EqualIntervals, data.test_features),
-        **common,
-    )
+    errors: dict[str, Exception] = {}
+    train = validation = None
+    modalities: Sequence[str] | Mapping[str, int] | None = data.modalities
+    with _collected(errors, "training"):
+        train = FeatureSetDataset(
+            storage,
+            data.labels,
+            split=data.train_split,
+            modalities=modalities,
+            sampling=_sampling(RandomSampling, data.train_features),
+            **common,
+        )
+    if data.validation_split is not None:
+        modalities = getattr(errors.get("training", train), "modalities", None) or modalities
+        with _collected(errors, "validation"):
+            validation = FeatureSetDataset(
+                copy.copy(storage),  # each closes its own files
+                data.labels,
+                split=data.validation_split,
+                modalities=modalities,
+                sampling=_sampling(EqualIntervals, data.test_features),
+                **common,
+            )
+    _raise_all(errors)
+    assert train is not None
     return train, validation
+
+
+def _open_features(data: DataConfig) -> Storage:
+    """The features, after a check of the labels of both sets. Raises: as `open_data`."""
+    errors: dict[str, Exception] = {}
+    table = None
+    with _collected(errors, "labels"):
+        table = read_labels(data.labels)
+    if table is None:
+        with _collected(errors, "features"):
+            check_there(data.features)
+        _raise_all(errors)
+    assert table is not None
+    splits = {"training": data.train_split}
+    if data.validation_split is not None:
+        splits["validation"] = data.validation_split
+    for name, split in splits.items():
+        with _collected(errors, name):
+            encode_labels(
+                table, table.rows(split), class_names=data.class_names, multi_label=data.multi_label
+            )
+    storage = None
+    with _collected(errors, "features"):
+        storage = open_storage(
+            data.features, expected_modalities=data.modalities or (), expected_videos=table.videos
+        )
+    _raise_all(errors)
+    assert storage is not None
+    return storage
+
+
+@contextmanager
+def _collected(errors: dict[str, Exception], of: str) -> Iterator[None]:
+    """What is wrong with the data is kept for `_raise_all`."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        errors[of] = error
+
+
+def _raise_all(errors: Mapping[str, Exception]) -> None:
+    """Raises the error, or all of them as one DataProblemsError, if there are any."""
+    different: dict[str, str] = {}
+    for of, error in errors.items():
+        different.setdefault(str(error), of)
+    if len(different) == 1:
+        raise next(iter(errors.values()))
+    if different:
+        problems = [problem for error in errors.values() for problem in getattr(error, "problems", ())]
+        message = "\n".join(f"{of}: {text}" for text, of in different.items())
+        raise DataProblemsError(message, list(dict.fromkeys(problems)))
 
 
 def open_like_training(
