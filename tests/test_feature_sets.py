@@ -296,6 +296,27 @@ def test_an_hdf5_file_that_vanishes(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_an_hdf5_file_that_is_cut_short_between_epochs(tmp_path: Path, workers: int) -> None:
+    path = write_hdf5(tmp_path / "f", {f"v{i}": {"rgb": ones(4000)} for i in range(5)})
+    size = path.stat().st_size
+    dataset = FeatureSetDataset(path, modalities=["rgb"], sampling=EqualIntervals(2))
+    options = {"num_workers": workers, "persistent_workers": bool(workers)}
+    batches = loader(dataset, **options)
+    log = logging.FileHandler(tmp_path / "log.txt")
+    logging.getLogger("fastac").addHandler(log)
+    try:
+        assert [len(batch.features["rgb"]) for batch in batches] == [10]
+        os.truncate(path, 5000)
+        assert [len(batch.features["rgb"]) for batch in batches] == [0]
+    finally:
+        logging.getLogger("fastac").removeHandler(log)
+        log.close()
+    assert len(dataset.problems) == 5
+    said = f"the file had {size:,} bytes when it was first opened, it has 5,000"
+    assert (tmp_path / "log.txt").read_text().count(said) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_on_error_raise_names_the_file_that_broke(tmp_path: Path, workers: int) -> None:
     path = write_npy(tmp_path / "f", {f"v{i}": {"rgb": ones()} for i in range(3)})
     dataset = FeatureSetDataset(path, on_error="raise")

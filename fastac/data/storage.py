@@ -330,19 +330,27 @@ class NpzStorage(Storage):
 
 
 class _Hdf5Video(Video):
-    def __init__(self, path: Path, keys: dict[str, str], file: Any) -> None:
+    def __init__(self, path: Path, keys: dict[str, str], file: Any, size: int) -> None:
         super().__init__(list(keys))
-        self._path, self._keys, self._file = path, keys, file
+        self._path, self._keys, self._file, self._size = path, keys, file, size
 
     def where(self, modality: str) -> str:
         return f"{self._path}:/{self._keys[modality]}"
 
     def _dataset(self, modality: str) -> Any:
+        self._check_size(modality)
         found = self._file[self._keys[modality]]
         if not hasattr(found, "shape"):
             raise EntryError("unreadable", "it is no data set any more", self.where(modality))
         check_entry(found.shape or (), found.dtype, self.where(modality))
         return found
+
+    def _check_size(self, modality: str) -> None:
+        """An open file that was cut short reads as zeros."""
+        size = _size(self._file)
+        if size != self._size:
+            found = f"the file had {self._size:,} bytes when it was first opened, it has {size:,}"
+            raise EntryError("unreadable", found, self.where(modality))
 
     def shape(self, modality: str) -> tuple[int, int]:
         with _reading(self.where(modality)):
@@ -354,8 +362,11 @@ class _Hdf5Video(Video):
             dataset = self._dataset(modality)
             rows = None if select is None else select(len(dataset))
             if rows is not None and dataset.chunks is None and len(dataset) >= _ROWS_HDF5 * len(rows):
-                return _rows(dataset[rows], None)
-            return _rows(dataset[()], rows)
+                x = _rows(dataset[rows], None)
+            else:
+                x = _rows(dataset[()], rows)
+            self._check_size(modality)  # again: it may have been cut short in between
+            return x
 
 
 class Hdf5Storage(Storage):
@@ -398,6 +409,7 @@ class Hdf5Storage(Storage):
         except OSError as error:
             raise OSError(f"features file {self.path} cannot be opened: {error}") from error
         try:
+            self._size = _size(file)
             keys = sorted(_datasets(file, ()))
             stated = file.attrs.get("arrangement")
         finally:
@@ -466,7 +478,7 @@ class Hdf5Storage(Storage):
         """The video's data sets; nothing is read yet. Raises: EntryError if the file cannot be opened."""
         with _reading(str(self.path)):
             file = self._opened()
-        yield _Hdf5Video(self.path, self._entries[video], file)
+        yield _Hdf5Video(self.path, self._entries[video], file, self._size)
 
     def close(self) -> None:
         """Closes the file in this process."""
@@ -519,6 +531,11 @@ def check_there(path: Path) -> None:
 
 def _two(names: Sequence[str]) -> str:
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
+
+
+def _size(file: Any) -> int:
+    """The bytes that an open HDF5 file has on disk now."""
+    return os.fstat(file.id.get_vfd_handle()).st_size
 
 
 def _h5py() -> Any:
