@@ -359,6 +359,31 @@ def test_broken_features_are_listed_and_training_goes_on(data: Data, tmp_path: P
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_features_that_break_in_training_are_in_problems_csv(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    features = shutil.copytree(data.features, tmp_path / "features")
+    (features / "rgb" / "clip 01.npy").write_bytes(b"x")
+    fit = Trainer.fit
+
+    def breaking(trainer: Trainer) -> Any:
+        (features / "rgb" / "clip 02.npy").unlink()
+        (features / "rgb" / "clip 04.npy").unlink()  # one of the validation set
+        fit(trainer)
+        if interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", breaking)
+    settings = [*data.settings, f"data.features={features}", "training.epochs=1"]
+    result = fastac("train", *settings, "--output", tmp_path / "run")
+    assert result.status == (130 if interrupted else 0), result.err
+    problems = tmp_path / "run" / "problems.csv"
+    assert f"2 entries that broke in training are in {problems}, too" in result.err
+    with problems.open() as file:
+        assert [row["video"] for row in csv.DictReader(file)] == ["clip 01", "clip 02", "clip 04"]
+
+
 def test_several_labels_one_modality_and_no_validation(data: Data, tmp_path: Path) -> None:
     several = tmp_path / "several.csv"
     rows = [f"{name},{'ab'[i % 2]}{';c' if i % 3 == 0 else ''}\n" for i, name in enumerate(data.videos)]

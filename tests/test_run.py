@@ -25,6 +25,7 @@ from fastac.training.run import (
     load_run,
     open_data,
     open_like_training,
+    problems_of,
     save_problems,
     save_run,
 )
@@ -195,18 +196,19 @@ def test_problems_are_written_once_each_and_removed_when_they_are_gone(
     config: RunConfig, tmp_path: Path
 ) -> None:
     train, validation = open_data(config)
-    assert save_problems(tmp_path, train, validation) == 0
+    save_problems(tmp_path, problems_of(train, validation))
     assert not (tmp_path / PROBLEMS).exists()
     broken = next((config.data.features / "rgb").rglob("*.npy"))
     content = broken.read_bytes()
     broken.write_bytes(b"x")
     both = changed(config, "data.train_split=null")
-    count = save_problems(tmp_path, open_data(both)[0], open_data(both)[0], None)
+    problems = problems_of(open_data(both)[0], open_data(both)[0], None)
+    save_problems(tmp_path, problems)
     text = (tmp_path / PROBLEMS).read_text()
-    assert count == text.count("\n") - 1
+    assert len(problems) == text.count("\n") - 1
     assert text.count(str(broken)) == 1
     broken.write_bytes(content)
-    assert save_problems(tmp_path, open_data(both)[0]) == 0
+    save_problems(tmp_path, problems_of(open_data(both)[0]))
     assert not (tmp_path / PROBLEMS).exists()
 
 

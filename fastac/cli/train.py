@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -11,6 +14,7 @@ import torch
 
 from fastac import figures
 from fastac.data.feature_sets import FeatureSetDataset
+from fastac.data.problems import Problem
 from fastac.models import VideoClassifier
 from fastac.training import Trainer, checkpoint, distributed, evaluate
 from fastac.training.lock import check_unlocked
@@ -25,6 +29,7 @@ from fastac.training.run import (
     is_run,
     load_run,
     open_data,
+    problems_of,
     save_problems,
     save_run,
 )
@@ -165,8 +170,9 @@ def _train(
             _start(config, output, model, train, validation, processes)
             if trainer.resume():
                 logger.info("going on after epoch %d of %d", trainer.epoch, config.training.epochs)
-            trainer.fit()
-            _conclude(output, validation or train, device, processes, validated=validation is not None)
+            with _problems_saved(output, train, validation, processes):
+                trainer.fit()
+                _conclude(output, validation or train, device, processes, validated=validation is not None)
     finally:
         logger.setLevel(level)
 
@@ -185,14 +191,40 @@ def _start(
     if not processes.first:
         return
     save_run(output, model, train.class_names, config)
-    problems = save_problems(output, train, validation)
+    problems = problems_of(train, validation)
+    save_problems(output, problems)
     if problems:
-        logger.warning("%s problems with the features are listed in %s", f"{problems:,}", output / PROBLEMS)
+        logger.warning(
+            "%s problems with the features are listed in %s", f"{len(problems):,}", output / PROBLEMS
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     modalities = ", ".join(f"{name} ({dimension})" for name, dimension in train.modalities.items())
     others = "no validation" if validation is None else f"{len(validation):,} for validation"
     logger.info("%s videos for training, %s; %s classes", f"{len(train):,}", others, f"{train.num_classes:,}")
     logger.info("modalities: %s; %s parameters", modalities, f"{parameters:,}")
+
+
+@contextmanager
+def _problems_saved(
+    output: Path,
+    train: FeatureSetDataset,
+    validation: FeatureSetDataset | None,
+    processes: distributed.Processes,
+) -> Iterator[None]:
+    """Adds entries that break inside to problems.csv; after an exception only those this process knows of."""
+    before = problems_of(train, validation)
+    gathered: list[list[Problem]] = []
+    try:
+        yield
+        gathered = processes.gather(problems_of(train, validation))
+    finally:
+        problems = list(dict.fromkeys([*before, *chain(*gathered), *problems_of(train, validation)]))
+        if processes.first and len(problems) > len(before):
+            save_problems(output, problems)
+            later = len(problems) - len(before)
+            logger.warning(
+                "%s entries that broke in training are in %s, too", f"{later:,}", output / PROBLEMS
+            )
 
 
 def _conclude(

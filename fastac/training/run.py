@@ -24,7 +24,7 @@ import torch
 
 from fastac.data.feature_sets import FeatureSetDataset
 from fastac.data.labels import encode_labels, read_labels
-from fastac.data.problems import DataProblemsError, write_problems
+from fastac.data.problems import DataProblemsError, Problem, write_problems
 from fastac.data.sampling import EqualIntervals, RandomSampling, Sampling
 from fastac.data.storage import Storage, check_there, open_storage
 from fastac.models import VideoClassifier
@@ -231,15 +231,18 @@ def save_run(
     write_whole(directory / MODEL, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
-def save_problems(directory: Path, *data: FeatureSetDataset | None) -> int:
-    """Writes what was wrong with the data to problems.csv; returns how many entries."""
-    problems = list(dict.fromkeys(p for d in data if d is not None for p in d.problems))
+def problems_of(*data: FeatureSetDataset | None) -> list[Problem]:
+    """What is wrong with some data, each problem once."""
+    return list(dict.fromkeys(p for d in data if d is not None for p in d.problems))
+
+
+def save_problems(directory: Path, problems: Sequence[Problem]) -> None:
+    """Writes what is wrong with the data to problems.csv; no file if nothing is."""
     path = directory / PROBLEMS
     if problems:
         write_problems(problems, path)
     else:
         path.unlink(missing_ok=True)
-    return len(problems)
 
 
 def is_run(directory: Path) -> bool:
