@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -348,6 +349,23 @@ def test_long_listings_are_whole(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert len(str(caught.value).splitlines()) == 601
     FeatureSetDataset(path)
     assert all(f"v{i:03}: no usable modality" in caplog.text for i in range(300))
+
+
+def test_a_long_check_says_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="fastac")
+    path = write_npy(tmp_path / "f", {f"v{i}": {"rgb": ones()} for i in range(10)})
+    FeatureSetDataset(path)
+    assert caplog.messages == []
+    now = iter(range(0, 10_000, 25))  # seconds
+    monkeypatch.setattr("fastac.data.progress.time.monotonic", lambda: next(now))
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # it is not needed
+    dataset = FeatureSetDataset(path)
+    assert caplog.messages[0] == "checking: 3 of 10 videos"
+    caplog.clear()
+    dataset.feature_moments()
+    assert caplog.messages[0] == "mean and deviation of features: 3 of 10 videos"
 
 
 def test_nothing_usable(tmp_path: Path) -> None:

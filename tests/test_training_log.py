@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_helpers import RaggedFeatures, make_model
 
-from fastac.training import CheckpointError, Trainer, TrainingConfig, log
+from fastac.training import CheckpointError, Trainer, TrainingConfig
 from fastac.training.log import MetricsLog, Progress
 
 
@@ -46,7 +46,7 @@ def test_progress_in_a_log_file_is_a_line_a_minute(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     now = [1000.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("fastac.data.progress.time.monotonic", lambda: now[0])
     caplog.set_level(logging.INFO, logger="fastac")
     with Progress("epoch 3", 10_000, "videos") as progress:
         for _ in range(100):

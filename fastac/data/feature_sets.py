@@ -23,6 +23,7 @@ from .labels import check_class_names, encode_labels, read_labels, unlabelled
 from .memory import MemoryStorage
 from .moments import Moments
 from .problems import DataProblemsError, Problem, listing
+from .progress import Progress
 from .sampling import Sampling, sampling_generator, sampling_of
 from .storage import EntryError, Float32Array, Select, Storage, Video, finite_sum, open_storage
 
@@ -267,7 +268,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         rows: Counter[tuple[str, int]] = Counter()
         counts: Counter[tuple[str, int]] = Counter()
         seen: set[str] = set()
-        for video in _with_bar(names, "checking" if full else "checking shapes"):
+        for video in _with_progress(names, "checking" if full else "checking shapes"):
             dimensions.append({})
             failures.append([])
             try:
@@ -496,7 +497,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         """Modality and features (L, M) of every set, without sampling; `what` is said on the progress bar."""
         kept, self._sampling = self._sampling, dict.fromkeys(self.modalities)
         try:
-            for index in _with_bar(range(len(self)), what):
+            for index in _with_progress(range(len(self)), what):
                 for name, x in self[index].features.items():
                     yield name, x.numpy()
         finally:
@@ -564,11 +565,8 @@ def _asked_modalities(modalities: Any) -> dict[str, int | None] | None:
     return dict(modalities)
 
 
-def _with_bar(items: Sequence[_T], title: str) -> Iterable[_T]:
-    """The items, with a progress bar on a terminal where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    bar: Iterable[_T] = tqdm(items, desc=title, unit="video", disable=None, leave=False)
-    return bar
+def _with_progress(items: Sequence[_T], title: str) -> Iterator[_T]:
+    with Progress(title, len(items), "videos") as progress:
+        for item in items:
+            yield item
+            progress.advance(1)

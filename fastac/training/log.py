@@ -5,21 +5,18 @@ from __future__ import annotations
 import csv
 import logging
 import os
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from fastac.data.progress import Progress
 
 from .checkpoint import CheckpointError
 
-logger = logging.getLogger("fastac")
+__all__ = ["MetricsLog", "Progress", "quiet"]
 
-QUIET_SECONDS = 60.0
-"""Where there is no terminal, a long epoch says how far it is this often."""
+logger = logging.getLogger("fastac")
 
 
 class MetricsLog:
@@ -86,35 +83,6 @@ class MetricsLog:
         """Closes TensorBoard's file."""
         if self._events is not None:
             self._events.close()
-
-
-class Progress:
-    """A bar on a terminal; in a log file a line a minute, so that a short epoch leaves none."""
-
-    def __init__(self, label: str, total: int, unit: str, *, show: bool = True) -> None:
-        self._label, self._total, self._unit, self._show = label, total, unit, show
-        self._terminal = sys.stderr.isatty()
-        # None rather than disabled: Python drops a Ctrl-C that falls into a bar's __del__.
-        self._bar = None
-        if show and self._terminal:
-            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", leave=False)
-        self._done, self._said = 0, time.monotonic()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def advance(self, count: int) -> None:
-        """``count`` more are done."""
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(count)
-        if self._show and not self._terminal and time.monotonic() - self._said > QUIET_SECONDS:
-            self._said = time.monotonic()
-            logger.info("%s: %s of %s %s", self._label, f"{self._done:,}", f"{self._total:,}", self._unit)
 
 
 @contextmanager
