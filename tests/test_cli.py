@@ -175,7 +175,7 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         (
             ["train", "--output", "NEW", "SETTINGS", "data.train_features={x: 3}"],
             1,
-            "sampling must name some of",
+            "data.train_features must be of the data's modalities audio, rgb, got x",
         ),
         (["train", "--output", "NEW", "SETTINGS", "--device", "meta"], 2, "got 'meta'"),
         (["train", "--output", "NEW", "SETTINGS", "--device", "no"], 2, "must be one that torch knows"),

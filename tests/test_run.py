@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastac.data.feature_sets import FeatureSetDataset
 from fastac.data.problems import DataProblemsError
+from fastac.data.sampling import RandomSampling
 from fastac.training import CheckpointError, Trainer, evaluate
 from fastac.training.run import (
     CONFIG,
@@ -242,3 +244,23 @@ def test_labels_and_splits_of_both_sets_are_checked_at_once(config: RunConfig, t
         open_data(changed(config, *nowhere))
     with pytest.raises(FileNotFoundError, match=r"none at .*nowhere\.csv"):
         open_data(changed(config, nowhere[1]))
+
+
+def test_names_of_modalities_are_checked_before_features_are_read(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FeatureSetDataset, "_scan", None)
+    settings = ["data.train_features={flow: 2}", "data.test_features={rgb: 2, x: 1}"]
+    with pytest.raises(ValueError, match="data's modalities") as caught:
+        open_data(changed(config, *settings, "model.clusters.y.shift=false"))
+    assert str(caught.value).splitlines() == [
+        "data.train_features must be of the data's modalities audio, rgb, got flow",
+        "data.test_features must be of the data's modalities audio, rgb, got x",
+        "model.clusters must be of the data's modalities audio, rgb, got y",
+    ]
+    with pytest.raises(ValueError, match=r"data's modalities audio, got rgb, x$"):
+        open_data(changed(config, settings[1], "data.modalities=[audio]"))
+    with pytest.raises(DataProblemsError, match="no usable entry of flow"):
+        open_data(changed(config, "data.modalities=[rgb, flow]"))
+    with pytest.raises(ValueError, match="sampling must name some of the modalities audio, rgb, got 'x'"):
+        FeatureSetDataset(config.data.features, sampling={"x": RandomSampling(2)})

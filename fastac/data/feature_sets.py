@@ -156,6 +156,7 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         stored = self.storage.videos
         if table is None:
             names = stored
+        self._check_names(asked, sampling)
         self.unlabelled = unlabelled(self.storage, stored, table, names)
         there = set(stored)
         kept = [at for at, name in enumerate(names) if name in there]
@@ -189,6 +190,14 @@ class FeatureSetDataset(Dataset[FeatureSet]):
         self.__dict__.update(state)
         self._epoch.share_memory_()  # no copy where it came shared, to a worker process
         self._failed.share_memory_()
+
+    def _check_names(self, asked: dict[str, int | None] | None, sampling: Any) -> None:
+        """Finds names of modalities that cannot be right before any feature is read, if the storage knows."""
+        there = self.storage.modalities
+        if asked is not None and there:
+            self._require(asked, dict.fromkeys(there, 0), there, [])
+        if asked or there:
+            sampling_of(sampling, asked or there or ())
 
     def _finish_checks(self) -> None:
         """Says what was found. Raises: DataProblemsError."""

@@ -32,7 +32,7 @@ from fastac.models import VideoClassifier
 from . import checkpoint
 from .config import TrainingConfig
 from .engine import MAY_CHANGE
-from .run_config import ConfigError, DataConfig, RunConfig, dump, load
+from .run_config import ConfigError, RunConfig, dump, load
 from .systems import MODELS, system_of
 
 CONFIG, MODEL, PROBLEMS, CHECKPOINTS = "config.yaml", "model.json", "problems.csv", "checkpoints"
@@ -94,7 +94,7 @@ def open_data(config: RunConfig) -> tuple[FeatureSetDataset, FeatureSetDataset |
         OSError, ImportError, TypeError, ValueError: as `fastac.data.FeatureSetDataset`.
     """
     data = config.data
-    storage = _open_features(data)
+    storage = _open_features(config)
     common: dict[str, Any] = {
         "class_names": data.class_names,
         "multi_label": data.multi_label,
@@ -131,8 +131,9 @@ def open_data(config: RunConfig) -> tuple[FeatureSetDataset, FeatureSetDataset |
     return train, validation
 
 
-def _open_features(data: DataConfig) -> Storage:
-    """The features, after a check of the labels of both sets. Raises: as `open_data`."""
+def _open_features(config: RunConfig) -> Storage:
+    """The features, none of them read; labels and names of modalities are checked. Raises: as `open_data`."""
+    data = config.data
     errors: dict[str, Exception] = {}
     table = None
     with _collected(errors, "labels"):
@@ -155,9 +156,26 @@ def _open_features(data: DataConfig) -> Storage:
         storage = open_storage(
             data.features, expected_modalities=data.modalities or (), expected_videos=table.videos
         )
+        _check_names(config, data.modalities or storage.modalities or ())
     _raise_all(errors)
     assert storage is not None
     return storage
+
+
+def _check_names(config: RunConfig, modalities: Sequence[str]) -> None:
+    """Raises: ValueError, all settings by modality that name an unknown one; if any modality is known."""
+    settings = {
+        "data.train_features": config.data.train_features,
+        "data.test_features": config.data.test_features,
+        "model.clusters": getattr(config.model, "clusters", None),
+    }
+    wrong = [
+        f"{name} must be of the data's modalities {', '.join(modalities)}, got {', '.join(unknown)}"
+        for name, value in settings.items()
+        if isinstance(value, dict) and (unknown := sorted(value.keys() - set(modalities)))
+    ]
+    if modalities and wrong:
+        raise ValueError("\n".join(wrong))
 
 
 @contextmanager
