@@ -230,6 +230,10 @@ current: str | None = os.environ.get("FASTAC_BACKEND") or None
 _logged: set[tuple[str, str, str]] = set()
 
 
+class BackendError(ValueError):
+    """A backend asked for by name cannot run a call; the message has the reason."""
+
+
 def _known(name: str) -> str:
     if name not in PREDICATES:
         raise ValueError(f"backend must be one of {', '.join(PREDICATES)}, got {name!r}")
@@ -277,13 +281,13 @@ def passed_over(name: str, x: Tensor, operator: str = _CLUSTER) -> str | None:
 def choose(x: Tensor, name: str | None = None, operator: str = _CLUSTER) -> str:
     """The backend that runs a call on x: the named one, else the one in force, else the automatic choice.
 
-    Raises: ValueError for an unknown name, or a named backend that cannot run the call.
+    Raises: ValueError for an unknown name, BackendError for a named backend that cannot run the call.
     """
     name = current if name is None else name
     if name is not None:
         reason = why_not(name, x, operator)
         if reason is not None:
-            raise ValueError(f"backend {name!r} cannot run this call: {reason}")
+            raise BackendError(f"backend {name!r} cannot run this call: {reason}")
         return name
     for candidate in AUTOMATIC.get(x.device.type, ("reference",)):
         if passed_over(candidate, x, operator) is None:

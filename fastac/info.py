@@ -67,7 +67,8 @@ def _backend_lines(device: str) -> list[str]:
 
 def sections() -> dict[str, list[str]]:
     """The lines of each section."""
-    forced = f" (forced: {backends.current})" if backends.current else ""
+    unknown = "" if backends.current in backends.PREDICATES else ", which is no backend"
+    forced = f" (forced: {backends.current}{unknown})" if backends.current else ""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return {
         "versions": [

@@ -23,7 +23,8 @@ import feature_files
 import numpy as np
 import pytest
 
-from fastac.cli import logging_to_stderr, main
+from fastac import _native, backends
+from fastac.cli import common, logging_to_stderr, main
 from fastac.training import Trainer
 from fastac.training.run_config import load, template
 
@@ -137,6 +138,44 @@ def test_print_config_is_a_configuration(tmp_path: Path) -> None:
 def test_version_and_info() -> None:
     assert fastac("--version").out.startswith("fastac, version ")
     assert "FASTAC_" in fastac("info").out
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (
+            "FASTAC_BACKEND",
+            "foo",
+            "FASTAC_BACKEND: backend must be one of cuda, triton, cpu, reference, got 'foo'",
+        ),
+        ("FASTAC_BACKEND", "cuda", "FASTAC_BACKEND: backend 'cuda' cannot be used: "),
+        ("FASTAC_CPU_ISA", "foo", "FASTAC_CPU_ISA must name an instruction set that this processor runs ("),
+    ],
+)
+def test_an_environment_variable_of_no_use(
+    variable: str, value: str, message: str, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable == "FASTAC_CPU_ISA" and not _native.available:
+        pytest.skip("the native library is not built")
+    monkeypatch.setenv(variable, value)
+    out, err = (
+        process := start("train", *data.settings, "--device", "cpu", "--output", tmp_path / "new")
+    ).communicate()
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(f"Error: {message}") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+    out, err = (process := start("info")).communicate()
+    assert (process.returncode, err) == (0, "")
+    assert ("(forced: foo, which is no backend)" in out) == ((variable, value) == ("FASTAC_BACKEND", "foo"))
+
+
+def test_a_backend_that_cannot_run_a_call(run: Path, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "LACKING", {"attention_cluster": ("reference",)})
+    monkeypatch.setattr(common, "check_environment", lambda device: None)
+    with backends.backend("reference"):
+        result = fastac("predict", run, data.features, "--device", "cpu")
+    assert result.status == 2
+    assert "backend 'reference' cannot run this call: the reference backend has no" in result.err
 
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,8 +518,6 @@ def test_what_was_trained_in_bfloat16_is_evaluated_in_it(data: Data, tmp_path: P
 
 
 def test_nan_is_null_in_json(tmp_path: Path) -> None:
-    from fastac.cli import common
-
     common.write_json(tmp_path / "new" / "x.json", {"map": math.nan, "epoch": 3, "name": "größe"})
     assert json.loads((tmp_path / "new" / "x.json").read_text("utf-8")) == {
         "map": None,

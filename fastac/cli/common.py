@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 import torch
 
+from fastac import _native, backends
 from fastac.data.problems import DataProblemsError
 from fastac.training import CheckpointError, RunLockedError, TrainingError, distributed
 from fastac.training.run import RunError
@@ -105,7 +106,7 @@ def user_errors(*also: type[Exception]) -> Iterator[None]:
         yield
     except click.ClickException:
         raise
-    except ConfigError as error:
+    except (ConfigError, backends.BackendError) as error:
         raise UsageFailure(str(error)) from error
     except BrokenPipeError:
         raise
@@ -177,8 +178,24 @@ def check_one_process(command: str) -> None:
         )
 
 
+def check_environment(device: torch.device) -> None:
+    """Raises UsageFailure where FASTAC_BACKEND or FASTAC_CPU_ISA asks for what cannot be had on a device."""
+    asked = backends.current
+    try:
+        reason = None if asked is None else backends.why_not(asked, torch.empty(0, 0, 1, device=device))
+    except ValueError as error:
+        raise UsageFailure(f"FASTAC_BACKEND: {error}") from error
+    if reason is not None:
+        raise UsageFailure(f"FASTAC_BACKEND: backend {asked!r} cannot be used: {reason}")
+    if device.type == "cpu" and asked in (None, "cpu") and _native.available:
+        try:
+            _native.isa()
+        except RuntimeError as error:
+            raise UsageFailure(str(error).partition("\n")[0]) from error
+
+
 def choose_device(name: str | None) -> torch.device:
-    """The device of ``--device``."""
+    """The device of ``--device``, on which the backend and the instruction set asked for can be used."""
     try:
         device = distributed.choose_device(name)
         if device.type == "meta":
@@ -187,6 +204,7 @@ def choose_device(name: str | None) -> torch.device:
     # What torch says of a device that it knows by name but was not built for has no common base class.
     except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
         raise click.BadParameter(str(error).partition("\n")[0], param_hint="--device") from error
+    check_environment(device)
     return device
 
 

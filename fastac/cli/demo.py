@@ -63,6 +63,7 @@ def command(
     if the two do not agree.
     """
     common.check_one_process("demo")
+    common.choose_device(None)
     common.check_picture(output)
     with common.user_errors():
         return _demo(
