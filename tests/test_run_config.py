@@ -61,6 +61,11 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
     assert config.data.multi_label is True
 
 
+def test_a_whole_section_is_a_mapping_on_the_command_line() -> None:
+    config = load(None, [*OVERRIDES, "model.clusters={audio: {cluster_size: 4}}"])
+    assert config == load(None, [*OVERRIDES, "model.clusters.audio.cluster_size=4"])
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

@@ -226,7 +226,10 @@ def _is_text(parts: list[str]) -> bool:
     for part in above:
         models = [m for model in models for m in _members(_annotation(model, part))]
     annotations = [_annotation(model, name) for model in models]
-    return any({Path, str} & {annotation, *get_args(annotation)} for annotation in annotations)
+    return any(
+        {Path, str} & {*(get_args(a) if get_origin(a) in (Union, types.UnionType) else (a,))}
+        for a in annotations
+    )
 
 
 def _text_value(text: str) -> str | None:
