@@ -223,6 +223,11 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         (["train", "--output", "RUN", "SETTINGS"], 1, "holds a run already: go on with it by --resume"),
         (["train", "--resume", "--output", "NEW"], 1, "--resume must find a run in the folder of --output"),
         (["train", "--resume", "--output", "RUN", "training.seed=7"], 1, "training.seed was 1, is 7"),
+        (
+            ["train", "--resume", "--output", "RUN", "training.epochs=3"],
+            1,
+            "training.epochs may only be raised: RUN is at epoch 4 already, got 3",
+        ),
         (["train", "--config", "LABELS", "--output", "NEW"], 2, "must be a mapping from names to settings"),
         (["eval", "FEATURES"], 1, "must be the folder of a run, it has no model.json"),
         (["eval", "RUN", "--split", "x"], 1, "split must be one that"),

@@ -275,8 +275,9 @@ def check_settings(directory: Path, config: RunConfig) -> None:
     are, as they may have been moved.
 
     Raises:
-        RunError: it is not a run of fastac train, or all settings that differ.
+        RunError: it is not a run of fastac train, all settings that differ, or fewer epochs than are done.
         ConfigError: its configuration is damaged.
+        CheckpointError: its last checkpoint is.
     """
     if not (directory / CONFIG).is_file():
         raise RunError(f"{directory} has no {CONFIG}: it is not a run of fastac train")
@@ -290,6 +291,13 @@ def check_settings(directory: Path, config: RunConfig) -> None:
     fatal = [text for text in differing if text.partition(" ")[0] not in free]
     if fatal:
         raise RunError(f"{directory} was trained with other settings: {', '.join(fatal)}")
+    checkpoints = directory / CHECKPOINTS
+    if checkpoint.exists(checkpoints):
+        done, asked = checkpoint.read_state(checkpoints)["epoch"], config.training.epochs
+        if asked < done:
+            raise RunError(
+                f"training.epochs may only be raised: {directory} is at epoch {done} already, got {asked}"
+            )
 
 
 def check_model(directory: Path, model: VideoClassifier, class_names: list[str]) -> None:
