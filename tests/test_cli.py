@@ -376,6 +376,27 @@ def test_a_run_is_not_resumed_on_other_classes(data: Data, run: Path, tmp_path: 
     assert (copy / "model.json").read_bytes() == before
 
 
+def test_a_run_is_not_resumed_on_other_videos_or_labels(data: Data, run: Path, tmp_path: Path) -> None:
+    copy, other = shutil.copytree(run, tmp_path / "run", symlinks=True), tmp_path / "labels.csv"
+    resume = ["train", "--resume", "--output", copy, f"data.labels={other}", "training.epochs=5"]
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    text = data.labels.read_text("utf-8")
+    for changed, message in (
+        (text.replace("clip 01,ñandú,train\n", ""), "it had 18 videos to train on, these are 17"),
+        (text.replace("clip 01,ñandú", "clip 01,c"), "their names, labels, modalities or order differ"),
+    ):
+        other.write_text(changed, encoding="utf-8")
+        result = fastac(*resume)
+        assert result.status == 1
+        assert f"Error: {copy} was trained on other data: {message}\n" in result.err
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    description = json.loads((copy / "model.json").read_text("utf-8"))
+    del description["training_set"]  # a run of an earlier version does not tell
+    (copy / "model.json").write_text(json.dumps(description), encoding="utf-8")
+    result = fastac(*resume)
+    assert result.status == 0, result.err
+
+
 def test_a_run_of_another_command_is_left_alone(data: Data, run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     (copy / "config.yaml").unlink()

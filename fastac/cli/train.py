@@ -23,6 +23,7 @@ from fastac.training.run import (
     CONFIG,
     PROBLEMS,
     RunError,
+    check_data,
     check_model,
     check_settings,
     initial_model,
@@ -185,12 +186,13 @@ def _start(
     validation: FeatureSetDataset | None,
     processes: distributed.Processes,
 ) -> None:
-    """Checks that the folder's run is of the same model, if it has one, and writes what `load_run` reads."""
+    """Checks that the folder's run, if any, is of the same model and data; writes what `load_run` reads."""
     check_model(output, model, train.class_names)
+    check_data(output, train)
     processes.barrier()  # the first one writes when all have looked
     if not processes.first:
         return
-    save_run(output, model, train.class_names, config)
+    save_run(output, model, train.class_names, config, train)
     problems = problems_of(train, validation)
     save_problems(output, problems)
     if problems:

@@ -12,6 +12,7 @@ training.lock   empty; who trains here has it locked, see `fastac.training.lock`
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -239,13 +240,25 @@ def open_like_training(
 
 
 def save_run(
-    directory: Path, model: VideoClassifier, class_names: list[str], config: RunConfig | None
+    directory: Path,
+    model: VideoClassifier,
+    class_names: list[str],
+    config: RunConfig | None,
+    train: FeatureSetDataset | None = None,
 ) -> None:
-    """Writes config.yaml and model.json, by which `load_run` makes the model again."""
+    """Writes config.yaml and model.json, by which `load_run` makes the model again.
+
+    Args:
+        directory: of the run.
+        model, class_names, config: as `Run` has them.
+        train: the training set, for `check_data`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
         write_whole(directory / CONFIG, dump(config))
     description = {"system": system_of(model), "class_names": class_names, "model": model.config}
+    if train is not None:
+        description["training_set"] = _fingerprint(train)
     write_whole(directory / MODEL, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -318,6 +331,33 @@ def check_model(directory: Path, model: VideoClassifier, class_names: list[str])
         raise RunError(
             f"{directory} was trained with another model: it was {description['model']}, is {model.config}"
         )
+
+
+def check_data(directory: Path, train: FeatureSetDataset) -> None:
+    """Whether the run in a folder was trained on the same videos, labels and modalities, in the same order.
+
+    The contents of the features are not looked at. A run whose model.json does not tell is not refused.
+
+    Raises:
+        RunError: it was not.
+    """
+    if not (directory / MODEL).is_file():  # killed before it was written
+        return
+    before, now = _read_description(directory).get("training_set"), _fingerprint(train)
+    if before is None or before == now:
+        return
+    count = before.get("videos") if isinstance(before, dict) else None
+    difference = "their names, labels, modalities or order differ"
+    if count != now["videos"]:
+        difference = f"it had {count} videos to train on, these are {now['videos']}"
+    raise RunError(f"{directory} was trained on other data: {difference}")
+
+
+def _fingerprint(train: FeatureSetDataset) -> dict[str, Any]:
+    """What is the same for the same training set."""
+    labels = None if train.labels is None else train.labels.tolist()
+    content = json.dumps([train.names, labels, train.modalities, train.missing])
+    return {"videos": len(train), "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def load_run(directory: str | os.PathLike[str], which: str = checkpoint.BEST) -> Run:
