@@ -143,7 +143,7 @@ def test_labels_outside_of_the_classes_are_named(tmp_path: Path) -> None:
         ("c", "unknown label 'r'", "line 4"),
         ("d", "unknown label 'q'", "line 5"),
     ]
-    with pytest.raises(DataProblemsError, match="class_names has"):
+    with pytest.raises(DataProblemsError, match=r"not among the 2 classes \(z, q\):"):
         encoded(path, class_names=["z", "q"])
 
 
@@ -160,6 +160,19 @@ def test_integer_labels_are_numbers_of_named_classes(tmp_path: Path) -> None:
     assert encoded(path, class_names=["2", "1", "0"]).labels.tolist() == [0, 2]  # they are names here
     with pytest.raises(DataProblemsError, match="unknown label '2'"):
         encoded(path, class_names=["x", "y"])
+
+
+def test_integer_labels_beside_names_are_unknown(tmp_path: Path) -> None:
+    path = written(tmp_path, "video,label,split\na,x,train\nb,y,train\nc,0,val\nd,1,val\n")
+    training = encoded(path, "train").names
+    with pytest.raises(
+        DataProblemsError, match=r"^2 labels in .* are not among the 2 classes \(x, y\):"
+    ) as caught:
+        encoded(path, "val", class_names=training)
+    assert [(p.video, p.what) for p in caught.value.problems] == [
+        ("c", "unknown label '0'"),
+        ("d", "unknown label '1'"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -198,8 +198,8 @@ def encode_labels(
     in all rows of the file if it has no such split, so that every split of a file has the same numbers. They
     are sorted: by value if all are integers, as text otherwise.
 
-    Labels that are integers are numbers of classes if ``class_names`` are given and none of them is an
-    integer itself.
+    If ``class_names`` are given, none of them is an integer and all labels of the file are, then these are
+    numbers of classes.
 
     Args:
         table: the labels file.
@@ -218,7 +218,7 @@ def encode_labels(
         names = check_class_names(class_names)
     numbers = {name: number for number, name in enumerate(names)}
     if class_names is not None and not any(_is_integer(name) for name in names):
-        used = {name for cell in labels.values() for name in cell}
+        used = {name for cell in table.cells for name in _split_cell(cell, multi_label)}
         if all(_is_integer(name) for name in used):
             numbers = {name: int(name) for name in used if 0 <= int(name) < len(names)}
 
@@ -229,11 +229,10 @@ def encode_labels(
         if name not in numbers
     ]
     if problems:
-        source = "class_names has" if class_names is not None else "the training labels have"
         shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         unknown = len({problem.what for problem in problems})
         raise DataProblemsError(
-            f"{unknown:,} labels in {table.path} are not among the {len(names):,} classes that {source} "
+            f"{unknown:,} labels in {table.path} are not among the {len(names):,} classes "
             f"({shown}):\n{listing(problems)}",
             problems,
         )
