@@ -397,6 +397,20 @@ def test_a_run_is_not_resumed_on_other_videos_or_labels(data: Data, run: Path, t
     assert result.status == 0, result.err
 
 
+def test_a_copy_without_links_is_evaluated_and_not_resumed(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    for name in ("best", "last"):
+        target = (copy / "checkpoints" / name).resolve()
+        (copy / "checkpoints" / name).unlink()
+        shutil.copytree(target, copy / "checkpoints" / name, symlinks=True)
+    assert fastac("eval", copy).status == 0
+    result = fastac("train", "--resume", "--output", copy, "training.epochs=5")
+    assert (result.status, result.out) == (1, "")
+    assert f"{copy / 'checkpoints' / 'last'} must be a symbolic link to go on from" in result.err
+    assert load(copy / "config.yaml").training.epochs == 4
+
+
 def test_a_run_of_another_command_is_left_alone(data: Data, run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     (copy / "config.yaml").unlink()

@@ -95,6 +95,20 @@ def exists(directory: Path, which: str = LAST) -> bool:
     return os.path.lexists(directory / which)
 
 
+def check_links(directory: Path) -> None:
+    """Whether `save` can go on in ``directory``.
+
+    Raises:
+        CheckpointError: ``last`` or ``best`` is no link, as in a copy that followed them.
+    """
+    for link in (directory / LAST, directory / BEST):
+        if os.path.lexists(link) and not link.is_symlink():
+            raise CheckpointError(
+                f"{link} must be a symbolic link to go on from, it is none: copy the run with its links, "
+                "as cp -a does"
+            )
+
+
 def read_state(directory: Path, which: str = LAST) -> dict[str, Any]:
     """What `save` was given as ``state``, and ``epoch``.
 

@@ -290,7 +290,7 @@ def check_settings(directory: Path, config: RunConfig) -> None:
     Raises:
         RunError: it is not a run of fastac train, all settings that differ, or fewer epochs than are done.
         ConfigError: its configuration is damaged.
-        CheckpointError: its last checkpoint is.
+        CheckpointError: its last checkpoint is, or is no link.
     """
     if not (directory / CONFIG).is_file():
         raise RunError(f"{directory} has no {CONFIG}: it is not a run of fastac train")
@@ -306,6 +306,7 @@ def check_settings(directory: Path, config: RunConfig) -> None:
         raise RunError(f"{directory} was trained with other settings: {', '.join(fatal)}")
     checkpoints = directory / CHECKPOINTS
     if checkpoint.exists(checkpoints):
+        checkpoint.check_links(checkpoints)
         done, asked = checkpoint.read_state(checkpoints)["epoch"], config.training.epochs
         if asked < done:
             raise RunError(
