@@ -287,6 +287,10 @@ def test_a_folder_that_cannot_be_written_to(
 def test_a_full_disk(data: Data, run: Path) -> None:
     result = fastac("predict", run, data.features, "--format", "csv", "--output", "/dev/full")
     assert (result.status, result.err.splitlines()[-1]) == (1, "Error: /dev/full: No space left on device")
+    with Path("/dev/full").open("wb") as full:
+        info = [sys.executable, "-m", "fastac", "info"]
+        done = subprocess.run(info, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: standard output: No space left on device\n")
 
 
 def test_a_traceback_is_shown_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

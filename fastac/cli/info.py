@@ -10,4 +10,7 @@ def command() -> None:
     """Versions, native library, backends, limits and environment variables."""
     from fastac import info
 
-    click.echo(info.report())
+    from . import common
+
+    with common.user_errors(), common.os_errors_at("standard output"):
+        click.echo(info.report())
