@@ -546,6 +546,9 @@ def test_eval_gives_what_training_gave(run: Path, data: Data, tmp_path: Path) ->
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert metrics == {"videos": 6, **evaluation}
     assert f"loss       {metrics['loss']:.4f}\naccuracy   {100 * metrics['accuracy']:.2f} %" in result.out
+    result = fastac("eval", run, "--json", "-")
+    assert json.loads(result.out) == metrics
+    assert f"loss       {metrics['loss']:.4f}\n" in result.err
     result = fastac("eval", run, "--labels", data.labels, "--checkpoint", "last")
     assert result.out.startswith(f"all videos of {data.labels}: 24 videos; last checkpoint (epoch 4)")
 

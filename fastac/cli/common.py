@@ -208,15 +208,20 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def print_metrics(metrics: Mapping[str, float]) -> None:
-    """One metric per line; shares in %."""
+def print_metrics(metrics: Mapping[str, float], *, err: bool = False) -> None:
+    """One metric per line, to standard output or error; shares in %."""
     for name, value in metrics.items():
         text = f"{value:.4f}" if name == "loss" else f"{100 * value:.2f} %"
-        click.echo(f"{name:10s} {text}")
+        click.echo(f"{name:10s} {text}", err=err)
+
+
+def as_json(content: Mapping[str, Any]) -> str:
+    """JSON; null for NaN, which it does not have."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
+    return json.dumps(plain, indent=1, ensure_ascii=False)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON, making the folder if need be; null for NaN, which JSON does not have."""
+    """Writes JSON, making the folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items()}
-    path.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(as_json(content) + "\n", encoding="utf-8")

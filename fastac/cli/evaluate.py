@@ -29,8 +29,8 @@ from . import common
 @click.option(
     "--json",
     "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the metrics here, too.",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    help="Write the metrics here, too; - is standard output, and the text goes to standard error.",
 )
 @common.checkpoint_option
 @common.device_option
@@ -40,7 +40,7 @@ def command(
     features: Path | None,
     labels: Path | None,
     split: str | None,
-    json_path: Path | None,
+    json_path: str | None,
     which: str,
     device: torch.device,
 ) -> None:
@@ -54,8 +54,9 @@ def command(
     fastac eval runs/first --features other --labels other.csv --json other.json
     """
     common.check_one_process("eval")
-    if json_path is not None:
-        common.check_writable(json_path.parent, "--json")
+    to_stdout = json_path == "-"
+    if json_path is not None and not to_stdout:
+        common.check_writable(Path(json_path).parent, "--json")
     with common.user_errors():
         trained = load_run(run, which)
         if labels is None:
@@ -70,9 +71,15 @@ def command(
         )
         epoch = trained.state["epoch"]
         rows = "all videos" if split is None else f"split {split}"
-        click.echo(f"{rows} of {labels}: {len(data):,} videos; {which} checkpoint (epoch {epoch})")
-        common.print_metrics(metrics)
-        if json_path is not None:
-            common.write_json(json_path, {"videos": len(data), "epoch": epoch, **metrics})
+        click.echo(
+            f"{rows} of {labels}: {len(data):,} videos; {which} checkpoint (epoch {epoch})", err=to_stdout
+        )
+        common.print_metrics(metrics, err=to_stdout)
+        content = {"videos": len(data), "epoch": epoch, **metrics}
+        if to_stdout:
+            with common.os_errors_at("standard output"):
+                click.echo(common.as_json(content))
+        elif json_path is not None:
+            common.write_json(Path(json_path), content)
     if data.problems:
         click.echo(f"{len(data.problems):,} problems with the features, see above", err=True)
