@@ -380,6 +380,17 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 2
 
 
+def test_a_copy_without_links_is_refused(tmp_path: Path) -> None:
+    """Before the epoch that it could not save."""
+    trained(tmp_path, 1)
+    last = tmp_path / "checkpoints" / "last"
+    folder = last.resolve()
+    last.unlink()
+    folder.rename(last)
+    with pytest.raises(CheckpointError, match="last must be a symbolic link to go on from, it is none"):
+        trained(tmp_path, 2)
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     trained(tmp_path, 1)
     settings = run_settings(tensorboard=False)

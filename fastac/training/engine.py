@@ -204,6 +204,7 @@ class Trainer:
         return self.epoch > 0
 
     def _load(self, directory: Path) -> None:
+        checkpoint.check_links(directory)
         state = checkpoint.read_state(directory)
         before, now = state.get("training", {}), self.config.model_dump(mode="json")
         differing = [
