@@ -11,18 +11,17 @@ from typing import Any
 logger = logging.getLogger("fastac")
 
 QUIET_SECONDS = 60.0
-"""Where there is no terminal, long work says how far it is this often."""
+"""Where there is no bar, long work says how far it is this often."""
 
 
 class Progress:
-    """A bar on a terminal, with tqdm; in a log file a line a minute, so that short work leaves none."""
+    """A bar on a terminal; in a log file, or without tqdm, a line a minute: short work leaves none."""
 
     def __init__(self, label: str, total: int, unit: str, *, show: bool = True) -> None:
         self._label, self._total, self._unit, self._show = label, total, unit, show
-        self._terminal = sys.stderr.isatty()
         # None rather than disabled: Python drops a Ctrl-C that falls into a bar's __del__.
         self._bar: Any = None
-        if show and self._terminal:
+        if show and sys.stderr.isatty():
             with suppress(ImportError):
                 from tqdm import tqdm
 
@@ -41,6 +40,6 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
-        if self._show and not self._terminal and time.monotonic() - self._said > QUIET_SECONDS:
+        if self._show and self._bar is None and time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
             logger.info("%s: %s of %s %s", self._label, f"{self._done:,}", f"{self._total:,}", self._unit)
